@@ -1,0 +1,17 @@
+"""The real simulators: made, chunked, saved and restored, and offered to planners as the truth."""
+
+from .chunked import ChunkedActions
+from .make import make_real
+from .mujoco import draw, get_state, observation_of, set_state, state_from_observation
+from .oracle import SimulatorDynamics
+
+__all__ = [
+    "ChunkedActions",
+    "SimulatorDynamics",
+    "draw",
+    "get_state",
+    "make_real",
+    "observation_of",
+    "set_state",
+    "state_from_observation",
+]

@@ -1,0 +1,37 @@
+"""Kairos Gym: a learned world model as a Gymnasium environment, with planners, measured against the real simulator."""
+
+import importlib.util
+from pathlib import Path
+
+__version__ = "0.1.0"
+__all__ = ["DreamEnv", "load", "shipped"]
+
+
+def _refuse_shadows() -> None:
+    """Raise ImportError where one of our other packages would be imported from a file that isn't ours.
+
+    ``envs`` is a common name for a folder: without this, a user's own would fail later and somewhere else.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in ("world_model", "planners", "envs"):
+        spec = importlib.util.find_spec(name)  # finds it without importing it
+        if spec is None:
+            continue
+        # A plain folder without __init__.py has no file, but places; the first of them wins.
+        place = Path(spec.origin or next(iter(spec.submodule_search_locations or ())))
+        if home / name not in (place.resolve(), place.resolve().parent):
+            raise ImportError(
+                f"{place} shadows kairos_gym's own package {name!r}, which is {home / name}: rename yours, or start "
+                "Python where it isn't found first on sys.path"
+            )
+
+
+_refuse_shadows()
+
+# Only now, since these import the packages that may be shadowed.
+import gymnasium  # noqa: E402
+
+from kairos_gym.dream_env import DreamEnv  # noqa: E402
+from kairos_gym.models import load, shipped  # noqa: E402
+
+gymnasium.register(id="kairos_gym/Dream-v0", entry_point="kairos_gym.dream_env:DreamEnv")

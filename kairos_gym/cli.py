@@ -1,0 +1,252 @@
+"""The command line: each subcommand is a thin layer over one Python call, which its help names."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from gymnasium.error import Error as GymnasiumError
+from tyro.conf import Positional, arg
+
+Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
+Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
+Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+Behaviour = Literal["uniform", "held", "mixed"]
+Method = Literal["cem", "mppi", "shooting"]
+
+
+def collect(
+    env_id: Simulator,
+    dataset_id: Dataset,
+    seed: int = 0,
+    steps: int | None = None,
+    episodes: int | None = None,
+    episode_steps: int | None = None,
+    behaviour: Behaviour = "mixed",
+) -> None:
+    """Record experience of a real simulator as a Minari dataset (kairos_gym.collect.collect).
+
+    A collection that was stopped goes on with the same command.
+
+    Args:
+        env_id: the simulator, such as Reacher-v5
+        dataset_id: the dataset's name, such as kairos/reacher-v0
+        seed: every episode draws from the seed and its own number
+        steps: how many steps, or else
+        episodes: how many episodes
+        episode_steps: the time limit of an episode, instead of the simulator's own
+        behaviour: independent actions, actions held for 1 to 8 steps, or the two by turns
+    """
+    from kairos_gym.collect import collect
+
+    dataset = collect(
+        env_id, dataset_id, seed=seed, steps=steps, episodes=episodes, episode_steps=episode_steps, behaviour=behaviour
+    )
+    print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
+
+
+def train(
+    dataset_id: Dataset,
+    out: Path,
+    pattern: str = "SGDG",
+    chunk: int = 4,
+    draft: bool = True,
+    draft_steps: int | None = None,
+    steps: int | None = None,
+    held_out: int = 64,
+    seed: int = 0,
+) -> None:
+    """Train a world model on a Minari dataset (world_model.fit.fit).
+
+    A training that was stopped goes on with the same command.
+
+    Args:
+        dataset_id: the dataset's name, as collect was given it
+        out: the folder to write the model to
+        pattern: the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule
+        chunk: the longest number of steps that one call imagines
+        draft: begin with the Markov draft; without it, the plain transformer
+        draft_steps: updates of the draft
+        steps: updates of the transformer
+        held_out: how many episodes at the end of the dataset to leave for compare
+        seed: of everything drawn at random
+    """
+    import minari
+
+    from envs import make_real
+    from world_model.config import WorldModelConfig
+    from world_model.episodes import Episodes, spec_of
+    from world_model.fit import FitConfig, fit
+
+    dataset = minari.load_dataset(dataset_id)
+    if dataset.env_spec is None:
+        raise ValueError(f"dataset {dataset_id} doesn't say which simulator it was recorded in")
+    if dataset.total_episodes <= held_out:
+        raise ValueError(
+            f"{dataset_id} has {dataset.total_episodes} episodes; held_out={held_out} leaves none to train on"
+        )
+    env = make_real(dataset.env_spec.id)
+    spec = spec_of(env, chunk)
+    (obs_dim,), (action_dim,) = spec.observation_space.shape, spec.action_space.shape
+    config = WorldModelConfig(obs_dim=obs_dim, action_dim=action_dim, pattern=pattern, chunk=chunk, draft=draft)
+    given: dict[str, Any] = {"draft_steps": draft_steps, "steps": steps}
+    recipe = replace(FitConfig(seed=seed), **{k: v for k, v in given.items() if v is not None})
+    episodes = Episodes.from_minari(dataset, last=dataset.total_episodes - held_out)
+    model = fit(config, spec, episodes, recipe, out=out)
+    model.card |= {
+        "env": dataset.env_spec.id,
+        "time_limit": env.spec.max_episode_steps if env.spec else None,
+        "data": {"dataset": dataset_id, "held_out": held_out, **dataset.storage.metadata.get("recipe", {})},
+        "command": _command(),
+    }
+    model.save_pretrained(out)
+    print(f"The model is in {out}. How good it is: kairos compare {out} {dataset_id}")
+
+
+def plan(
+    model: Model,
+    env: str | None = None,
+    planner: Method = "cem",
+    where: Literal["dream", "simulator"] = "dream",
+    episodes: int = 10,
+    horizon: int = 15,
+    chunk: int = 1,
+    candidates: int = 200,
+    seed: int = 0,
+) -> None:
+    """Plan in the dream, act in the real simulator, and print a table (kairos_gym.plan.plan).
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        env: the simulator to act in, instead of the one that the model was trained on
+        planner: the cross-entropy method, MPPI or random shooting
+        where: plan in the model's dream, or in the true simulator, for comparison
+        episodes: how many episodes to play, side by side
+        horizon: how many chunks to look ahead
+        chunk: how many steps to play before planning again
+        candidates: how many plans to dream at once
+        seed: episode e begins with seed + e
+    """
+    import numpy as np
+
+    from envs import SimulatorDynamics
+    from kairos_gym import plan as playing
+    from kairos_gym.models import load
+    from kairos_gym.report import as_text
+    from planners import CEM, MPPI, Planner, RandomShooting
+    from world_model.contract import Dynamics
+
+    world = load(model)
+    env_id = env or world.card.get("env")
+    if env_id is None:
+        raise ValueError(f"the card of {model} names no simulator: say which with --env")
+    method: Planner
+    if planner == "cem":
+        method = CEM(horizon=horizon, chunk=chunk, candidates=candidates, elites=max(2, candidates // 10))
+    elif planner == "mppi":
+        method = MPPI(horizon=horizon, chunk=chunk, candidates=candidates)
+    else:
+        method = RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
+    dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
+    run = playing.plan(env_id, dynamics, method, episodes=episodes, seed=seed)
+    columns = ["planned in", "simulator", "episodes", "mean return", "95% interval", "median", "ms a decision"]
+    interval = "{:.2f} to {:.2f}".format(*run.interval())
+    row = [where, env_id, episodes, run.returns.mean(), interval, float(np.median(run.returns)), run.ms_per_decision]
+    print(as_text(columns, [row]))
+
+
+def compare(
+    model: Model,
+    dataset_id: Dataset,
+    horizon: int = 64,
+    trajectories: int = 64,
+) -> None:
+    """Measure the dream's open-loop error on recorded episodes (kairos_gym.compare.open_loop).
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        dataset_id: the recorded episodes; the last ones are used, which train leaves out
+        horizon: how many steps to dream without looking
+        trajectories: how many episodes to take
+    """
+    import minari
+
+    from kairos_gym.compare import open_loop
+    from kairos_gym.models import load
+    from kairos_gym.report import Cell, as_text
+    from world_model.episodes import Episodes
+
+    world, dataset = load(model), minari.load_dataset(dataset_id)
+    episodes = Episodes.from_minari(dataset, first=max(0, dataset.total_episodes - trajectories))
+    result = open_loop(world, episodes, world.scaling.obs_std, horizon=horizon, trajectories=trajectories)
+    table = result.table([h for h in (1, 2, 4, 8, 16, 32, 64, 128, 256) if h <= horizon])
+    rows: list[list[Cell]] = [[name, errors["rms"], errors["median"]] for name, errors in table.items()]
+    print(as_text(["horizon", "NRMSE (RMS)", "NRMSE (median)"], rows))
+
+
+def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path = Path("reports/demo.html")) -> None:
+    """Plan in a dream, act in the real simulator, and write a report page (kairos_gym.demo.demo).
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        episodes: how many episodes to play each way
+        seed: episode e begins with seed + e
+        out: the page to write
+    """
+    from kairos_gym.demo import demo
+
+    demo(model, episodes=episodes, seed=seed, out=out)
+
+
+def info() -> None:
+    """Show versions, threads and the models that ship with the package (kairos_gym.shipped, kairos_gym.load)."""
+    from kairos_gym.models import load, shipped
+    from kairos_gym.report import Cell, as_text, machine
+
+    print(machine(), end="\n\n")
+    rows: list[list[Cell]] = []
+    for name in shipped():
+        model = load(name)
+        weights = sum(p.numel() for p in model.parameters())
+        card, config = model.card, model.config
+        rows.append(
+            [name, card.get("env", "-"), card.get("time_limit") or "-", config.pattern, config.chunk, f"{weights:,}"]
+        )
+    print(
+        as_text(["model", "simulator", "time limit", "layers", "chunk", "weights"], rows)
+        if rows
+        else "no shipped models"
+    )
+
+
+COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info)}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``kairos``. A mistake of the user is one line on stderr and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="kairos",
+            args=args,
+            description="Learned dreams of real simulators: record, train, plan, compare.",
+        )
+    except (ValueError, TypeError, OSError, ImportError, GymnasiumError) as error:
+        print("kairos:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _command() -> str:
+    """The command line that is running, as one would type it."""
+    return shlex.join(["kairos", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Records real experience as a Minari dataset, the same for the same command, killed in between or not."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import gymnasium as gym
+import minari
+import numpy as np
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_storage import MinariStorage
+from minari.namespace import create_namespace, list_local_namespaces
+from minari.storage.datasets_root_dir import get_dataset_path
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+from tqdm import tqdm
+
+Behaviour = Literal["uniform", "held", "mixed"]
+Episode = dict[str, NDArray[Any]]
+LONGEST_HOLD = 8  # steps
+HEADER = struct.Struct("<QI")  # a journal record's length in bytes and its checksum
+
+
+def collect(
+    env_id: str,
+    dataset_id: str,
+    *,
+    seed: int,
+    steps: int | None = None,
+    episodes: int | None = None,
+    episode_steps: int | None = None,
+    behaviour: Behaviour = "mixed",
+    policy: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> minari.MinariDataset:
+    """Plays whole episodes of the simulator ``env_id`` and keeps them as the Minari dataset ``dataset_id``.
+
+    dataset_id: "name-v0" or "group/name-v0"; it lives where Minari keeps its own (``MINARI_DATASETS_PATH``, or
+        ~/.minari/datasets) and is loaded with ``minari.load_dataset``.
+    seed: every episode draws its start and its actions from (seed, its index), so the same command gives the same
+        data.
+    steps, episodes: how much, one of the two. The last episode is finished, so there may be a few more ``steps``.
+    episode_steps: the time limit of an episode, instead of the simulator's own.
+    behaviour: "uniform", independent uniform actions; "held", uniform actions each held for 1 to 8 steps; "mixed", the
+        two by turns, an episode each.
+    policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
+        unbroken one only if the policy is a pure function.
+
+    Each finished episode is on disk at once: a run that is killed loses only the episode it was in, and the same
+    command goes on from there. Where the dataset exists already, it is returned as it is.
+
+    Raises ValueError for a wrong argument, for an action that the simulator doesn't take, and where ``dataset_id``
+    holds, finished or not, what another command collected; RuntimeError where another process is collecting it now.
+    """
+    from envs import make_real  # the roof loads no simulator before somebody needs one
+
+    _check_arguments(dataset_id, seed, steps, episodes, episode_steps, behaviour, policy)
+    limit = {} if episode_steps is None else {"max_episode_steps": episode_steps}
+    env = make_real(env_id, **limit)
+    try:
+        _check_spaces(env)
+        recipe = _recipe(env, seed, episode_steps, behaviour, policy)
+        amount = {name: n for name, n in (("steps", steps), ("episodes", episodes)) if n is not None}
+        final = get_dataset_path(dataset_id)
+        part = final.with_name(f".{final.name}.part")  # hidden, so that Minari doesn't list it
+        if final.exists():
+            dataset = _finished(dataset_id, recipe | amount)
+            shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed at its very end
+            return dataset
+        part.mkdir(parents=True, exist_ok=True)
+        with open(part / "episodes.journal", "a+b") as journal:
+            _lock(journal, dataset_id)
+            _keep_recipe(part / "recipe.json", recipe, dataset_id)
+            _collect_missing(env, journal, seed, amount, behaviour, policy, part, progress)
+            _write_dataset(env, journal, dataset_id, recipe, amount, part / "dataset")
+        (part / "dataset").rename(final)
+        shutil.rmtree(part)
+    finally:
+        env.close()
+    return minari.load_dataset(dataset_id)
+
+
+def _check_arguments(
+    dataset_id: str,
+    seed: int,
+    steps: int | None,
+    episodes: int | None,
+    episode_steps: int | None,
+    behaviour: str,
+    policy: Callable[[Any], Any] | None,
+) -> None:
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "dataset_id must look like 'name-v0' or 'group/name-v0', where a group has two or more letters; "
+            f"got {dataset_id!r}"
+        ) from error
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    if (steps is None) == (episodes is None):
+        raise ValueError(f"give either steps or episodes, got steps={steps} and episodes={episodes}")
+    for name, value in (("steps", steps), ("episodes", episodes), ("episode_steps", episode_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if behaviour not in ("uniform", "held", "mixed"):
+        raise ValueError(f"behaviour must be 'uniform', 'held' or 'mixed', got {behaviour!r}")
+    if policy is not None and behaviour != "mixed":
+        raise ValueError(f"a policy takes the place of behaviour, so leave out behaviour={behaviour!r}")
+
+
+def _check_spaces(env: gym.Env) -> None:
+    if not isinstance(env.observation_space, spaces.Box) or not isinstance(env.action_space, spaces.Box):
+        raise ValueError(f"collect takes Box spaces, got {env.observation_space} and {env.action_space}")
+    if not env.action_space.is_bounded():
+        raise ValueError(f"uniform actions need bounds, and this simulator has none: {env.action_space}")
+
+
+def _recipe(
+    env: gym.Env, seed: int, episode_steps: int | None, behaviour: str, policy: Callable[[Any], Any] | None
+) -> dict[str, Any]:
+    """What made the data: two runs with the same recipe give the same episodes."""
+    assert env.spec is not None
+    packages = ["gymnasium", "numpy"] + (["mujoco"] if "mujoco" in str(env.spec.entry_point) else [])
+    by = behaviour if policy is None else f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}"
+    return {
+        "env_id": env.spec.id,
+        "seed": seed,
+        "episode_steps": episode_steps,
+        "behaviour": by,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _refuse_other(found: dict[str, Any], wanted: dict[str, Any], dataset_id: str) -> None:
+    differences = [
+        f"{key} {found.get(key)!r}, not {wanted.get(key)!r}"
+        for key in {**wanted, **found}
+        if found.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{dataset_id} at {get_dataset_path(dataset_id)} was collected with {'; '.join(differences)}: choose "
+            "another dataset_id, or repeat the command that began it"
+        )
+
+
+def _finished(dataset_id: str, recipe: dict[str, Any]) -> minari.MinariDataset:
+    dataset = minari.load_dataset(dataset_id)
+    found = dataset.storage.metadata.get("recipe")
+    if not isinstance(found, dict):
+        raise ValueError(f"{dataset_id} exists already and wasn't made by collect: choose another dataset_id")
+    _refuse_other(found, recipe, dataset_id)
+    return dataset
+
+
+def _lock(journal: BinaryIO, dataset_id: str) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"another process is collecting {dataset_id} now: wait for it or stop it") from error
+
+
+def _keep_recipe(path: Path, recipe: dict[str, Any], dataset_id: str) -> None:
+    if path.exists():
+        _refuse_other(json.loads(path.read_text()), recipe, dataset_id)
+        return
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(recipe, indent=2))
+    os.replace(new, path)
+
+
+def _collect_missing(
+    env: gym.Env,
+    journal: BinaryIO,
+    seed: int,
+    amount: dict[str, int],
+    behaviour: str,
+    policy: Callable[[Any], Any] | None,
+    part: Path,
+    progress: bool,
+) -> None:
+    """Plays the episodes that the journal doesn't hold yet and appends each as soon as it ends."""
+    ((unit, goal),) = amount.items()
+    played = steps = 0
+    for episode in _read(journal):
+        played, steps = played + 1, steps + len(episode["rewards"])
+    journal.truncate(journal.tell())  # a record that was cut short
+    done = min(goal, steps if unit == "steps" else played)
+    bar = tqdm(total=goal, unit=unit[:-1], initial=done, disable=not progress)
+    if progress:
+        before = f"going on after {played} episodes; " if played else ""
+        go_on = "if this is stopped, the same command goes on: finished episodes are kept in"
+        bar.write(f"{before}{go_on} {part}", file=sys.stderr)
+    try:
+        while done < goal:
+            episode = _play(env, seed, played, behaviour, policy)
+            _append(journal, episode)
+            played, steps = played + 1, steps + len(episode["rewards"])
+            done = min(goal, steps if unit == "steps" else played)
+            bar.set_postfix_str(f"{played} episodes, {steps} steps", refresh=False)
+            bar.update(done - bar.n)
+    except KeyboardInterrupt:
+        saved = f"stopped: {played} episodes with {steps} steps are saved in {part}; the same command goes on"
+        bar.write(saved, file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+
+
+def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[[Any], Any] | None) -> Episode:
+    """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T]."""
+    rng = np.random.default_rng([seed, index])
+    env_seed = int(rng.integers(2**31))
+    held = behaviour == "held" or (behaviour == "mixed" and index % 2 == 1)
+    drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
+    obs, _ = env.reset(seed=env_seed)
+    observations, actions, rewards = [obs], [], []
+    terminations: list[bool] = []
+    truncations: list[bool] = []
+    while not (terminations and (terminations[-1] or truncations[-1])):
+        action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        observations.append(obs)
+        actions.append(action)
+        rewards.append(float(reward))
+        terminations.append(bool(terminated))
+        truncations.append(bool(truncated))
+    return {
+        "seed": np.array([env_seed]),
+        "observations": np.stack(observations),
+        "actions": np.stack(actions),
+        "rewards": np.array(rewards),
+        "terminations": np.array(terminations),
+        "truncations": np.array(truncations),
+    }
+
+
+def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterator[NDArray[Any]]:
+    """Uniform actions without end, each for a uniform number of steps from 1 to ``longest``."""
+    assert isinstance(space, spaces.Box)
+    while True:
+        action = rng.uniform(space.low, space.high).astype(space.dtype)
+        for _ in range(rng.integers(1, longest + 1)):
+            yield action
+
+
+def _policy_action(policy: Callable[[Any], Any], obs: Any, space: gym.Space) -> NDArray[Any]:
+    action = np.asarray(policy(obs), dtype=space.dtype)
+    if not space.contains(action):
+        raise ValueError(f"the policy's action {action!r} is not in the action space {space}: rescale what it returns")
+    return action
+
+
+def _append(journal: BinaryIO, episode: Episode) -> None:
+    blob = save(episode)
+    journal.write(HEADER.pack(len(blob), zlib.crc32(blob)) + blob)
+    journal.flush()
+
+
+def _read(journal: BinaryIO) -> Iterator[Episode]:
+    """The whole episodes in the journal; afterwards it stands at the end of the last one."""
+    end = 0
+    journal.seek(0)
+    while len(header := journal.read(HEADER.size)) == HEADER.size:
+        length, checksum = HEADER.unpack(header)
+        blob = journal.read(length)
+        if len(blob) < length or zlib.crc32(blob) != checksum:
+            break
+        end += HEADER.size + length
+        yield load(blob)
+    journal.seek(end)
+
+
+def _write_dataset(
+    env: gym.Env, journal: BinaryIO, dataset_id: str, recipe: dict[str, Any], amount: dict[str, int], folder: Path
+) -> None:
+    """Turns the journal into a Minari dataset in ``folder``, which takes its final name only when it is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    storage = MinariStorage.new(folder / "data", env.observation_space, env.action_space, env.spec)
+    storage.update_episodes(_buffers(journal, amount))
+    storage.update_metadata(
+        {
+            "dataset_id": dataset_id,
+            "minari_version": version("minari"),
+            "algorithm_name": recipe["behaviour"],
+            "description": f"{recipe['env_id']} played with {recipe['behaviour']} actions by kairos_gym.collect",
+            "requirements": [f"{name}=={number}" for name, number in recipe["versions"].items()],
+            "recipe": recipe | amount,
+        }
+    )
+    namespace = parse_dataset_id(dataset_id)[0]
+    if namespace is not None and namespace not in list_local_namespaces():
+        create_namespace(namespace)
+
+
+def _buffers(journal: BinaryIO, amount: dict[str, int]) -> Iterator[EpisodeBuffer]:
+    """As many of the journal's episodes as were asked for; an earlier, larger request may have left more."""
+    ((unit, goal),) = amount.items()
+    done = 0
+    for index, episode in enumerate(_read(journal)):
+        if done >= goal:
+            return
+        done += len(episode["rewards"]) if unit == "steps" else 1
+        (seed,) = episode.pop("seed").tolist()
+        yield EpisodeBuffer(id=index, seed=seed, **episode)

@@ -1,0 +1,57 @@
+"""Imagined against simulated: the open-loop error of a dream, by horizon, on recorded episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from world_model.contract import Dynamics
+from world_model.episodes import Episodes
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """What a dream got wrong: errors [E,h,O] of E trajectories, normalised by each dimension's std in ``std``'s data."""
+
+    obs_error: Tensor  # [E,h,O] dreamed less real, over the std
+    reward_error: Tensor  # [E,h] in the reward's units
+
+    def nrmse(self, horizon: int) -> Tensor:
+        """The RMS over dimensions at step ``horizon`` (1 is the first) of each trajectory -> [E]."""
+        return self.obs_error[:, horizon - 1].square().mean(-1).sqrt()
+
+    def table(self, horizons: Sequence[int] = (1, 8, 64)) -> dict[str, dict[str, float]]:
+        """For each horizon the RMS over trajectories (``rms``) and the median trajectory (``median``)."""
+        rows = {}
+        for h in horizons:
+            error = self.nrmse(h)
+            rows[f"h{h}"] = {"rms": error.square().mean().sqrt().item(), "median": error.median().item()}
+        return rows
+
+
+@torch.inference_mode()
+def open_loop(
+    model: Dynamics, episodes: Episodes, std: Tensor, *, horizon: int = 64, context: int = 16, chunk: int = 1, trajectories: int = 64, **imagine: Any
+) -> OpenLoop:
+    """Show the model ``context`` real frames, then let it dream ``horizon`` steps with the actions really played.
+
+    One trajectory from each of the first ``trajectories`` episodes, from its middle. std [O]: the training data's.
+    Raises ValueError where there are too few episodes of at least context + horizon frames.
+    """
+    begin = episodes.starts()
+    begin = begin[episodes.left[begin] >= context + horizon - 1][:trajectories]
+    if len(begin) < trajectories:
+        raise ValueError(f"only {len(begin)} episodes have {context + horizon} frames, {trajectories} are needed; collect more or longer ones")
+    begin = begin + (episodes.left[begin] - (context + horizon - 1)) // 2
+    obs, actions, reward, _, _ = episodes.windows(begin, context + horizon)
+    state = model.observe(model.initial(len(begin)), obs[:, :context], actions[:, :context])
+    dreamed, gained = [], []
+    for t in range(context, context + horizon, chunk):
+        state, imagined = model.imagine(state, actions[:, t : min(t + chunk, context + horizon)], **imagine)
+        dreamed.append(imagined.obs)
+        gained.append(imagined.reward)
+    return OpenLoop((torch.cat(dreamed, 1) - obs[:, context:]) / std, torch.cat(gained, 1) - reward[:, context:])

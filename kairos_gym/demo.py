@@ -1,0 +1,229 @@
+"""The demo: plan inside a dream, act in the real simulator, and see how it compares with planning on the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kairos_gym.models import load
+from kairos_gym.plan import Played, plan, play, play_random
+from kairos_gym.report import Report, as_text
+from planners import CEM
+from world_model.contract import Dynamics
+
+DREAM, TRUTH = "#2563a8", "#1c2430"
+COLOURS = {"in the dream": DREAM, "in the simulator": TRUTH, "no actions": "#7b8696", "at random": "#a3adba"}
+# Small, for two slow cores in 90 seconds. Reacher charges for effort, so there the search begins with gentle actions:
+# chosen on the true simulator, on other starts than the demo's.
+PLANNER = CEM(horizon=5, chunk=4, candidates=64, elites=8, iterations=3)
+GENTLE = replace(PLANNER, std=0.12)
+OPEN_LOOP = 32  # random episodes that are dreamed open loop
+CONTEXT = 5  # real frames that the dream sees first
+
+
+def demo(
+    model: str | Path = "reacher", *, episodes: int = 8, seed: int = 1000, out: str | Path = "reports/demo.html"
+) -> Path:
+    """Play the model's task four ways from the same starts, write a report page and print its table -> the page's path.
+
+    Planned in the dream, planned with the same planner on the true simulator, without any action, and at random:
+    ``episodes`` each, begun with seeds ``seed``, ``seed + 1``, ... Then random episodes are dreamed with the actions
+    that were really played. Raises FileNotFoundError for an unknown model, ValueError for one whose card names no
+    simulator.
+    """
+    world = load(model)
+    if not world.card.get("env"):
+        raise ValueError(f"the card of model {str(model)!r} names no simulator ('env') to act in")
+    command = f"kairos demo --model {model} --episodes {episodes} --seed {seed}"
+    return show(world, str(world.card["env"]), command=command, episodes=episodes, seed=seed, out=out)
+
+
+def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int, out: str | Path) -> Path:
+    """The demo with any dynamics in the place of the shipped model -> the page's path."""
+    from envs import SimulatorDynamics
+
+    planner = GENTLE if env_id == "Reacher-v5" else PLANNER
+    print(f"Planning in the dream, acting in {env_id}: {episodes} episodes.")
+    runs = {"in the dream": plan(env_id, world, planner, episodes=episodes, seed=seed)}
+    print("The same planner on the true simulator, from the same starts.")
+    runs["in the simulator"] = plan(env_id, SimulatorDynamics(env_id), planner, episodes=episodes, seed=seed)
+    still = np.zeros((episodes, *world.spec.action_space.shape))
+    runs["no actions"] = play(env_id, lambda obs, inner: still, episodes=episodes, seed=seed)
+    chance = play_random(env_id, episodes=max(episodes, OPEN_LOOP), seed=seed)
+    runs["at random"] = chance.first(episodes)
+    real, dreamed = dream_along(world, chance)
+
+    columns = ["actions chosen", "mean return", "95% interval", "median", "ms a decision"]
+    rows = [
+        [name, f"{run.returns.mean():.2f}", "{:.2f} to {:.2f}".format(*run.interval()), f"{np.median(run.returns):.2f}",
+         f"{run.ms_per_decision:.1f}" if name.startswith("in the") else "-"]
+        for name, run in runs.items()
+    ]  # fmt: skip
+    page = Report(f"Planning inside a dream of {env_id}", command)
+    page.text(
+        f"A planner that sees nothing but the world model's dream chooses actions, and the real simulator plays them. "
+        f"Beside it, from the same {episodes} starts: the same planner on the true simulator, no actions at all, and "
+        "random actions. Where a task charges for effort, as Reacher does, doing nothing is the floor to beat."
+    )
+    page.table(columns, rows)
+    page.text(
+        f"The planner is the cross-entropy method: {planner.candidates} candidates, {planner.iterations} rounds, "
+        f"{planner.horizon * planner.chunk} steps ahead, {planner.chunk} steps played before it plans again. It is "
+        "kept small for this page to be quick. Milliseconds are wall time for each episode's decision, with all "
+        "episodes planned side by side."
+    )
+    page.figure(
+        draw_returns(runs),
+        "Return of each episode. Thin lines join episodes with the same start; diamonds are means with their 95% "
+        "interval.",
+    )
+    if env_id == "Reacher-v5":
+        page.heading("What the arm did")
+        page.figure(
+            draw_arms(runs["in the dream"]),
+            "Real episodes planned in the dream: the arm at the start (light) and at the end (dark), the fingertip's "
+            "path, and the target (cross). In metres.",
+        )
+    page.heading("How far the dream can be trusted")
+    page.text(
+        f"Open loop: the model sees {CONTEXT} real frames of a random episode, then dreams the rest with the actions "
+        f"that were really played, and never sees another frame. {len(real)} episodes."
+    )
+    page.figure(
+        draw_error(real, dreamed),
+        "Error by horizon, normalised by each dimension's standard deviation: 0 is perfect, 1 is no better than always saying the mean.",
+    )
+    page.figure(
+        draw_dreams(real, dreamed, env_id), "Four of these episodes, dreamed (blue) and simulated (black, dashed)."
+    )
+    path = page.write(out)
+    print(f"\n{as_text(columns, rows)}\n\nThe report: {path}")
+    return path
+
+
+@torch.no_grad()
+def dream_along(world: Dynamics, episodes: Played) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Dream the episodes' rest after CONTEXT frames with the actions really played -> real, dreamed [E,h,O]."""
+    frames = min(map(len, episodes.observations))
+    obs = torch.tensor(np.stack([o[:frames] for o in episodes.observations]), dtype=torch.float32)
+    actions = torch.tensor(np.stack([a[: frames - 1] for a in episodes.actions]), dtype=torch.float32)
+    led = torch.cat([torch.zeros_like(actions[:, :1]), actions], dim=1)  # [E,T,A], the action that led to each frame
+    state = world.observe(world.initial(len(obs)), obs[:, :CONTEXT], led[:, :CONTEXT])
+    dreamed = []
+    for action in led[:, CONTEXT:].split(1, dim=1):
+        state, imagined = world.imagine(state, action)
+        assert imagined.obs is not None  # imagine decodes unless it is told not to
+        dreamed.append(imagined.obs)
+    return obs[:, CONTEXT:].numpy(), torch.cat(dreamed, dim=1).cpu().numpy()
+
+
+def draw_returns(runs: dict[str, Played]) -> Figure:
+    figure, (axes,) = _figure(1, (6.4, 3.4))
+    values = np.stack([run.returns for run in runs.values()])
+    axes.plot(values, range(len(runs)), color="#d5dbe3", linewidth=0.8, zorder=1)
+    for row, (name, run) in enumerate(runs.items()):
+        low, high = run.interval()
+        axes.plot(
+            run.returns,
+            np.full_like(run.returns, row),
+            "o",
+            color=COLOURS[name],
+            alpha=0.55,
+            markersize=5,
+            markeredgewidth=0,
+        )
+        axes.plot([low, high], [row - 0.22] * 2, color=COLOURS[name], linewidth=2)
+        axes.plot([run.returns.mean()], [row - 0.22], "D", color=COLOURS[name], markersize=6)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_ylim(len(runs) - 0.6, -0.6)
+    axes.set_xlabel("return (more is better)")
+    return figure
+
+
+def draw_error(real: NDArray[Any], dreamed: NDArray[Any]) -> Figure:
+    std = real.std(axis=(0, 1))
+    error = np.sqrt((((dreamed - real) / np.where(std > 1e-6, std, 1)) ** 2).mean(axis=2))  # [E,h]
+    figure, (axes,) = _figure(1, (6.4, 2.9))
+    horizon = np.arange(1, error.shape[1] + 1)
+    axes.fill_between(
+        horizon,
+        *np.percentile(error, [10, 90], axis=0),
+        color=DREAM,
+        alpha=0.14,
+        linewidth=0,
+        label="10 to 90% of episodes",
+    )
+    axes.plot(horizon, np.sqrt((error**2).mean(axis=0)), color=DREAM, linewidth=1.2, linestyle="--", label="RMS")
+    axes.plot(horizon, np.median(error, axis=0), color=DREAM, linewidth=2, label="median")
+    axes.set(xlabel="steps dreamed without looking", ylabel="normalised error", xlim=(1, len(horizon)), ylim=(0, None))
+    axes.legend(frameon=False, loc="upper left", fontsize=8.5)
+    return figure
+
+
+def draw_dreams(real: NDArray[Any], dreamed: NDArray[Any], env_id: str) -> Figure:
+    """For Reacher the fingertip's path, for other tasks the first dimensions over time."""
+    if env_id == "Reacher-v5":
+        figure, panels = _figure(4, (6.4, 1.9), square=True)
+        for axes, truth, dream in zip(panels, real, dreamed, strict=False):
+            axes.plot(*_tip(dream).T, color=DREAM, linewidth=2, alpha=0.85)
+            axes.plot(*_tip(truth).T, color=TRUTH, linewidth=1, linestyle=(0, (4, 2)))
+            axes.plot(*_tip(truth)[0], "o", color=TRUTH, markersize=4)
+        return figure
+    figure, panels = _figure(4, (6.4, 1.9))
+    for axes, truth, dream in zip(panels, real, dreamed, strict=False):
+        axes.plot(dream[:, :3], color=DREAM, linewidth=2, alpha=0.85)
+        axes.plot(truth[:, :3], color=TRUTH, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set_xlabel("steps")
+    return figure
+
+
+def draw_arms(run: Played) -> Figure:
+    figure, panels = _figure(4, (6.4, 1.9), square=True)
+    for axes, obs in zip(panels, run.observations, strict=False):
+        for frame, shade in ((obs[0], "#cfd6df"), (obs[-1], TRUTH)):
+            elbow, tip = _elbow(frame), _tip(frame)
+            axes.plot(
+                [0, elbow[0], tip[0]],
+                [0, elbow[1], tip[1]],
+                "-o",
+                color=shade,
+                linewidth=3,
+                markersize=4,
+                solid_capstyle="round",
+            )
+        axes.plot(*_tip(obs).T, color=DREAM, linewidth=1.4)
+        axes.plot(*obs[0, 4:6], "x", color="#c2410c", markersize=8, markeredgewidth=2, zorder=5)
+    return figure
+
+
+def _elbow(obs: NDArray[Any]) -> NDArray[Any]:
+    """Reacher's elbow from observations [...,10] -> [...,2], in metres; the first link is 0.1 m long."""
+    return 0.1 * obs[..., [0, 2]] / np.hypot(obs[..., [0]], obs[..., [2]])
+
+
+def _tip(obs: NDArray[Any]) -> NDArray[Any]:
+    """Reacher's fingertip from observations [...,10] -> [...,2], in metres; the second link is 0.11 m long."""
+    angle = np.arctan2(obs[..., 2], obs[..., 0]) + np.arctan2(obs[..., 3], obs[..., 1])
+    return _elbow(obs) + 0.11 * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+def _figure(panels: int, size: tuple[float, float], *, square: bool = False) -> tuple[Figure, list[Axes]]:
+    """Axes in a row; square ones show Reacher's plane, all of it, without scales."""
+    figure = Figure(figsize=size, layout="constrained")
+    row = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8.5, length=3, color="#8a94a3")
+        axes.spines[["left", "bottom"]].set_color("#b9c2ce")
+        if square:
+            axes.set(aspect="equal", xlim=(-0.24, 0.24), ylim=(-0.24, 0.24), xticks=[], yticks=[])
+            axes.spines[["left", "bottom"]].set_visible(False)
+            axes.set_facecolor("#f5f7fa")
+    return figure, row

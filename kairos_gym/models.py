@@ -1,0 +1,35 @@
+"""Which models ship with the package, and how a name, a folder or a hub id becomes a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from world_model.model import WorldModel
+
+ZOO = Path(__file__).parent / "zoo"
+
+
+def shipped() -> list[str]:
+    """The names of the models that ship with the package."""
+    return sorted(config.parent.name for config in ZOO.glob("*/config.json"))
+
+
+def load(source: str | Path) -> WorldModel:
+    """The model that ``source`` names: one that ships with the package, a folder, or a hub id like "user/model".
+
+    A shipped name wins over a folder of the same name: write "./reacher" for the folder. Raises FileNotFoundError,
+    with the shipped names, where there is no such model, and ValueError where its files are damaged.
+    """
+    if source in shipped():
+        return WorldModel.from_pretrained(ZOO / source)
+    if not Path(source).exists() and str(source).count("/") != 1:  # neither a folder nor "user/model"
+        raise FileNotFoundError(f"no model {str(source)!r}: {_choices()}")
+    try:
+        return WorldModel.from_pretrained(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {_choices()}") from error
+
+
+def _choices() -> str:
+    names = ", ".join(shipped()) or "none in this copy"
+    return f"the models that ship with kairos_gym are: {names}; else give a folder or a hub id like 'user/model'"

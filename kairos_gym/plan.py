@@ -1,0 +1,114 @@
+"""Plays episodes of the real simulator: at random, or with a planner that thinks in a dream or in the simulator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from planners import MPC, Planner
+from world_model.contract import Dynamics
+
+Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
+"""``act(obs [B,O], inner_obs [B,K,O] or None) -> actions [B,A] or [B,K,A]``: what ``MPC.act`` takes and gives."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """E real episodes: what was seen, done and earned. ``observations[e]`` is [T+1,O], ``actions[e]`` [T,A]."""
+
+    returns: NDArray[np.float64]  # [E]
+    observations: list[NDArray[Any]]
+    actions: list[NDArray[Any]]
+    ms_per_decision: float  # of one episode; the episodes decide side by side and share the cost
+
+    def first(self, n: int) -> Played:
+        """The first n episodes."""
+        return Played(self.returns[:n], self.observations[:n], self.actions[:n], self.ms_per_decision)
+
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the mean return: the percentile bootstrap over episodes."""
+        n = len(self.returns)
+        means = self.returns[np.random.default_rng(0).integers(n, size=(10_000, n))].mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return float(low), float(high)
+
+
+def plan(
+    env_id: str, dynamics: Dynamics, planner: Planner, *, episodes: int = 10, seed: int = 0, progress: bool = True
+) -> Played:
+    """Play ``episodes`` of the simulator ``env_id``, planning in ``dynamics`` and replanning after every chunk.
+
+    dynamics: a ``WorldModel``, or ``envs.SimulatorDynamics(env_id)`` to plan on the truth. Episode e begins as
+    ``reset(seed=seed + e)``, whoever plays, so results with the same seed are paired. Raises ValueError where the
+    dynamics' spaces are not the simulator's.
+    """
+    from envs import make_real  # the roof loads no simulator before somebody needs one
+
+    env = make_real(env_id)
+    for name in ("observation_space", "action_space"):
+        real, dreamed = getattr(env, name).shape, getattr(dynamics.spec, name).shape
+        if real != dreamed:
+            raise ValueError(
+                f"{env_id} has an {name} of shape {real}, these dynamics one of {dreamed}: is it their simulator?"
+            )
+    mpc = MPC(dynamics, planner, seed=seed)
+    mpc.reset(episodes)
+    return play(
+        env_id, lambda obs, inner: mpc.act(obs, inner_obs=inner), episodes=episodes, seed=seed, progress=progress
+    )
+
+
+def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> Played:
+    """Play actions drawn uniformly within their bounds; episode e draws its own from ``seed + e``."""
+    from envs import make_real
+
+    space: Any = make_real(env_id).action_space
+    rngs = [np.random.default_rng(seed + e) for e in range(episodes)]
+
+    def act(obs: NDArray[Any], inner: NDArray[Any] | None) -> NDArray[Any]:
+        return np.stack([rng.uniform(space.low, space.high) for rng in rngs])
+
+    return play(env_id, act, episodes=episodes, seed=seed)
+
+
+def play(env_id: str, act: Act, *, episodes: int, seed: int, progress: bool = False) -> Played:
+    """Play ``episodes`` of the simulator side by side, with one ``act`` for all, begun as ``plan`` begins them."""
+    from envs import make_real
+
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    sims = [make_real(env_id) for _ in range(episodes)]
+    seen = [[sim.reset(seed=seed + e)[0]] for e, sim in enumerate(sims)]
+    played: list[list[NDArray[Any]]] = [[] for _ in sims]
+    returns, done, inner = np.zeros(episodes), np.zeros(episodes, bool), None
+    thinking, decisions = 0.0, 0
+    bar = tqdm(total=sims[0].spec and sims[0].spec.max_episode_steps, unit="step", desc="play", disable=not progress)
+    while not done.all():
+        now = np.stack([frames[-1] for frames in seen])
+        began = time.perf_counter()
+        actions = act(now, inner)
+        thinking, decisions = thinking + time.perf_counter() - began, decisions + 1
+        actions = actions.reshape(episodes, -1, actions.shape[-1])
+        inner = np.repeat(now[:, None], actions.shape[1], axis=1)
+        for e in np.flatnonzero(~done):
+            for k, action in enumerate(actions[e]):
+                obs, reward, terminated, truncated, _ = sims[e].step(action.astype(sims[e].action_space.dtype))
+                seen[e].append(obs)
+                played[e].append(action)
+                inner[e, k:] = obs
+                returns[e] += float(reward)
+                done[e] = terminated or truncated
+                if done[e]:
+                    break
+        bar.update(actions.shape[1])
+    bar.close()
+    for sim in sims:
+        sim.close()
+    ms = 1000 * thinking / decisions / episodes
+    return Played(returns, [np.stack(frames) for frames in seen], [np.stack(row) for row in played], ms)

@@ -1,0 +1,9 @@
+"""Planners: search for good actions inside any ``Dynamics``, learned or real."""
+
+from planners.base import Plan, Planner, RewardFn, score
+from planners.cem import CEM
+from planners.mpc import MPC
+from planners.mppi import MPPI
+from planners.shooting import RandomShooting
+
+__all__ = ["CEM", "MPC", "MPPI", "Plan", "Planner", "RandomShooting", "RewardFn", "score"]

@@ -1,0 +1,172 @@
+"""MPC: observe the new evidence, plan, play the first chunk, warm-start the next plan."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planners.base import Plan, Planner, RewardFn, bounds, device_of
+from world_model.contract import Dynamics
+from world_model.state import LatentState
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class MPC:
+    """Model-predictive control of B real environments at once. The one mutable thing among the planners.
+
+    Between two decisions it keeps what was seen, what was played and the rest of the plan:
+
+        mpc, done = MPC(model, CEM()), False
+        obs, info = env.reset()
+        while not done:
+            obs, reward, terminated, truncated, info = env.step(mpc.act(obs))
+            done = terminated or truncated
+        mpc.reset()  # before the next episode
+
+    Row b of ``MPC(..., seed=s)`` decides as ``MPC(..., seed=s + b)`` would alone, and ``reset`` begins the same
+    sequence of decisions again. ``plan`` is the last plan made, None before the first.
+    """
+
+    def __init__(self, dynamics: Dynamics, planner: Planner, *, seed: int = 0, reward_fn: RewardFn | None = None):
+        self.dynamics, self.planner, self.seed, self.reward_fn = dynamics, planner, seed, reward_fn
+        self.reset()
+
+    def reset(self, batch: int = 1) -> None:
+        """Forget everything; the next ``act`` gets the first observations of ``batch`` episodes."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self.plan: Plan | None = None
+        self._state: LatentState | None = None
+        self._fresh = torch.ones(batch, dtype=torch.bool)  # [B], the rows that begin an episode
+        self._seeds = self.seed + torch.arange(batch)
+        self._decisions = 0
+
+    def reset_rows(self, done: np.ndarray | Tensor) -> None:
+        """Forget the rows where ``done`` (bool [B]) is True; the next ``act`` gets their first observations."""
+        done = torch.as_tensor(done).cpu()
+        if done.shape != self._fresh.shape or done.dtype != torch.bool:
+            raise ValueError(f"done must be bool [{len(self._fresh)}], got {done.dtype} {list(done.shape)}")
+        self._fresh = self._fresh | done
+
+    def act(self, obs: Array, *, inner_obs: Array | None = None, state: LatentState | None = None) -> Array:
+        """The observations now, obs [B,O] -> the actions to play next, [B,K,A].
+
+        With one row obs may be [O], and the B falls away from all that is given and returned. Where the planner's
+        chunk is K=1 the K falls away, so that the actions are what a real environment's ``step`` takes. numpy in,
+        numpy out (in the action space's dtype); tensors likewise.
+
+        inner_obs: [B,K,O], all that was seen while the last chunk was played, ``obs`` last. Pass it where K > 1, so
+        that the memory sees every step. Without it, the K-1 unseen frames are filled in with what the dynamics
+        predicts for them: a memory counts steps, and leaving frames out would put ``obs`` at the wrong time. Rows
+        that begin an episode ignore it.
+
+        state: plan from exactly this state of B rows instead of the remembered one (from the true simulator's
+        ``capture(env)``); it becomes the remembered one.
+
+        Raises TypeError or ValueError where an argument has the wrong type or shape, holds a number that is not
+        finite, or where ``inner_obs`` doesn't end with ``obs``; FloatingPointError where no imagined future of a row
+        earns anything finite. The MPC is then as it was before the call.
+        """
+        batch = len(self._fresh)
+        single = batch == 1 and isinstance(obs, np.ndarray | Tensor) and obs.ndim == 1
+        now = self._checked("obs", obs, single)
+        if state is None:
+            state = self._observe(now, inner_obs, single)
+        elif inner_obs is not None:
+            raise ValueError("pass inner_obs or state, not both: a state has already seen everything")
+        elif state.batch != batch:
+            raise ValueError(f"state has {state.batch} rows, but this MPC controls {batch}: reset(batch) comes first")
+
+        plan = self.planner.plan(
+            self.dynamics,
+            state,
+            warm=self._warm(),
+            seed=self._seeds * 1_000_003 + self._decisions,  # apart for all rows and decisions
+            obs=now.to(device_of(state)),
+            reward_fn=self.reward_fn,
+        )
+        lost = (~plan.value.isfinite()).nonzero().flatten().tolist()
+        if lost:
+            raise FloatingPointError(
+                f"nothing that was imagined for rows {lost} earns a finite return: check that these observations are "
+                "like those the model was trained on, or plan over a shorter horizon"
+            )
+        self.plan, self._state, self._decisions = plan, state, self._decisions + 1
+        self._fresh = torch.zeros_like(self._fresh)
+
+        actions = plan.actions[:, 0]
+        actions = actions[:, 0] if actions.shape[1] == 1 else actions
+        actions = actions[0] if single else actions
+        if isinstance(obs, Tensor):
+            return actions.to(obs.device)
+        return actions.cpu().numpy().astype(self.dynamics.spec.action_space.dtype)
+
+    @torch.no_grad()
+    def _observe(self, now: Tensor, inner_obs: np.ndarray | Tensor | None, single: bool) -> LatentState:
+        """The memory brought up to date: rows that begin see one frame, the others all since the last decision."""
+        new, old = self._fresh.nonzero().flatten(), (~self._fresh).nonzero().flatten()
+        parts: list[LatentState] = []
+        if len(new):
+            fresh = self.dynamics.initial(len(new), self._seeds[new])
+            parts.append(self.dynamics.observe(fresh, now[new, None].to(device_of(fresh))))
+        if len(old):
+            assert self._state is not None and self.plan is not None  # an old row has been through act
+            rows = old.to(device_of(self._state))
+            before, played = self._state.select(rows), self.plan.actions[rows, 0]
+            if inner_obs is None:
+                frames = self._filled_in(before, played, now[old].to(rows.device))
+            else:
+                frames = self._checked("inner_obs", inner_obs, single, old, played.shape[1]).to(rows.device)
+                if not torch.equal(frames[:, -1], now[old].to(rows.device)):
+                    raise ValueError("inner_obs must end with obs: if an episode has ended, call reset_rows first")
+            parts.append(self.dynamics.observe(before, frames, played))
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([new, old]).argsort().to(device_of(parts[0]))
+        return LatentState({k: torch.cat([part[k] for part in parts])[order] for k in parts[0].tensors})
+
+    def _filled_in(self, before: LatentState, played: Tensor, now: Tensor) -> Tensor:
+        """The K frames [R,K,O] of a chunk of which only the last one, ``now`` [R,O], was seen."""
+        if played.shape[1] == 1:
+            return now[:, None]
+        _, imagined = self.dynamics.imagine(before, played, decode=True)
+        if imagined.obs is None:
+            raise ValueError("these dynamics predict no observations, so inner_obs can't be filled in: pass it")
+        return torch.cat([imagined.obs[:, :-1], now[:, None]], dim=1)
+
+    def _warm(self) -> Plan | None:
+        """The rest of the last plan; rows that begin an episode start from the middle of the bounds instead."""
+        if self.plan is None or bool(self._fresh.all()):
+            return None
+        low, high = bounds(self.dynamics.spec, self.plan.actions.device)
+        middle = (low + high) / 2
+        warm = self.plan.shifted(middle)
+        fresh = self._fresh.to(low.device)[:, None, None, None]
+        return warm._replace(actions=torch.where(fresh, middle, warm.actions))
+
+    def _checked(
+        self, name: str, values: object, single: bool, rows: Tensor | None = None, steps: int | None = None
+    ) -> Tensor:
+        """Observations of all B rows -> those of ``rows``, float32 [R,(K,)O], a copy on the CPU; or one clear error."""
+        if not isinstance(values, np.ndarray | Tensor):
+            raise TypeError(f"{name} must be a numpy array or a tensor, got {type(values).__name__}")
+        space = self.dynamics.spec.observation_space
+        shape = (() if single else (len(self._fresh),)) + (() if steps is None else (steps,)) + space.shape
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, got {list(values.shape)}: this MPC controls "
+                f"{len(self._fresh)} environment(s) (see reset(batch)) with observations {space}"
+            )
+        # A copy, since many environments write their next observation into the same memory.
+        given = torch.from_numpy(values.copy()) if isinstance(values, np.ndarray) else values.detach().clone()
+        checked = given.to("cpu", torch.float32)
+        checked = checked[None] if single else checked
+        checked = checked if rows is None else checked[rows]
+        if not checked.isfinite().all():
+            bad = (~checked.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {checked[tuple(bad)].item()} at {bad}")
+        return checked

@@ -1,0 +1,564 @@
+"""The planners find known optima, keep the bounds, repeat themselves exactly, and MPC feeds the memory in order."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from toys import LQR, PointMass, TinyMLP, ToyDynamics, box_spec
+
+import planners.base
+from planners import CEM, MPC, MPPI, Plan, Planner, RandomShooting, score
+from world_model.contract import Dynamics, Imagined
+from world_model.state import LatentState
+
+SMALL: list[Planner] = [
+    RandomShooting(horizon=3, chunk=2, candidates=32),
+    CEM(horizon=3, chunk=2, candidates=32, elites=6, iterations=3),
+    MPPI(horizon=3, chunk=2, candidates=32, iterations=3),
+]
+each_planner = pytest.mark.parametrize("planner", SMALL, ids=lambda p: type(p).__name__)
+
+
+class NoGo(PointMass):
+    """A point mass whose reward is NaN in every step that plays an action above ``limit``."""
+
+    def __init__(self, limit: float):
+        super().__init__(dim=1)
+        self.limit = limit
+
+    def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        x, reward = super().step(x, u)
+        return x, torch.where(u[:, 0] > self.limit, torch.nan, reward)
+
+
+class Diary(ToyDynamics):
+    """x' = x + u, reward -|x|; its state is a diary of the last frames seen and of the actions that led to them."""
+
+    LENGTH = 12
+
+    def __init__(self, chunk: int = 4):
+        super().__init__(box_spec(1, 1, chunk=chunk))
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        empty = torch.full((batch, self.LENGTH, 1), torch.nan)
+        assert seeds is not None
+        return LatentState({"x": torch.zeros(batch, 1), "seen": empty, "led": empty, "seed": seeds})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        led = torch.full_like(obs, torch.nan) if actions is None else actions
+        assert led.shape == obs.shape
+        diary = {"seen": obs, "led": led}
+        return state.replace(
+            x=obs[:, -1], **{k: torch.cat([state[k], v], 1)[:, -self.LENGTH :] for k, v in diary.items()}
+        )
+
+    def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return x + u, -x.abs().sum(-1)
+
+
+class Witness:
+    """Plans as another planner does and remembers every call's arguments and result."""
+
+    def __init__(self, planner: Planner):
+        self.planner, self.calls, self.plans = planner, [], []  # type: ignore[var-annotated]
+
+    def plan(self, dynamics: Dynamics, state: LatentState, **kwargs: Any) -> Plan:
+        self.calls.append({"state": state, **kwargs})
+        self.plans.append(self.planner.plan(dynamics, state, **kwargs))
+        return self.plans[-1]
+
+
+# --- known optima ---------------------------------------------------------------------------------------------------
+
+PATIENT: list[Planner] = [
+    CEM(horizon=6, candidates=1000, elites=50, iterations=25, min_std=0.002),
+    MPPI(horizon=6, candidates=1000, iterations=30, decay=0.9),
+    CEM(horizon=2, chunk=3, candidates=1000, elites=50, iterations=25, min_std=0.002),
+    MPPI(horizon=2, chunk=3, candidates=1000, iterations=30, decay=0.9),
+]
+POINT_STARTS = torch.tensor([[0.8, -0.4], [-0.3, 0.6]])
+LQR_STARTS = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [0.5, 0.5]])
+toys_and_starts = pytest.mark.parametrize("toy, x", [(PointMass(2), POINT_STARTS), (LQR(), LQR_STARTS)])
+
+
+@toys_and_starts
+@pytest.mark.parametrize("planner", PATIENT, ids=lambda p: f"{type(p).__name__}-K{p.chunk}")
+def test_within_one_percent_of_the_optimum(toy: Any, x: Tensor, planner: Planner) -> None:
+    optimum = toy.optimal_return(x, 6).float()
+    for seed in range(3):
+        plan = planner.plan(toy, toy.start(x), seed=seed)
+        assert (plan.value <= optimum + 1e-5).all()
+        assert ((optimum - plan.value) / optimum.abs() < 0.01).all()
+        torch.testing.assert_close(score(toy, toy.start(x), plan.actions[:, None])[:, 0], plan.value)
+
+
+@toys_and_starts
+def test_random_shooting_is_near_the_optimum(toy: Any, x: Tensor) -> None:
+    # N uniform points in d dimensions leave about N^(-1/d) of a half range to the best one, and refine nothing:
+    # so almost exact for two steps, and within twice the optimal cost for the 6 or 12 numbers of six steps.
+    for steps, gap in ((1, 0.06), (6, 1.0)):
+        optimum = toy.optimal_return(x, steps).float()
+        plan = RandomShooting(horizon=steps, candidates=4000).plan(toy, toy.start(x), seed=1)
+        assert (plan.value <= optimum + 1e-5).all()
+        assert ((optimum - plan.value) / optimum.abs() < gap).all()
+
+
+def test_defaults_beat_doing_nothing_by_far() -> None:
+    toy = PointMass(2)
+    nothing = score(toy, toy.start(POINT_STARTS), torch.zeros(2, 1, 15, 1, 2))[:, 0]
+    for planner in (RandomShooting(), CEM(), MPPI()):
+        value = planner.plan(toy, toy.start(POINT_STARTS)).value
+        assert (value > 0.6 * nothing).all()
+
+
+# --- score ----------------------------------------------------------------------------------------------------------
+
+
+def slow_score(toy: Any, x: Tensor, candidates: Tensor, discount: float, reward_fn: Any) -> Tensor:
+    """What ``score`` promises, one candidate and one step at a time."""
+    returns = torch.zeros(candidates.shape[:2])
+    for b, n in np.ndindex(*candidates.shape[:2]):
+        state, obs, total, t, over = toy.start(x[b : b + 1]), x[b], 0.0, 0, False
+        for chunk in candidates[b, n]:
+            state, imagined = toy.imagine(state, chunk[None])
+            for k, action in enumerate(chunk):
+                reward = imagined.reward[0, k] if reward_fn is None else reward_fn(obs, action, imagined.obs[0, k])
+                total += 0.0 if over else discount**t * reward.item()
+                over, obs, t = over or bool(imagined.terminated[0, k]), imagined.obs[0, k], t + 1
+        returns[b, n] = total if math.isfinite(total) else -math.inf
+    return returns
+
+
+def odd_reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+    return (next_obs - obs).sum(-1) * 3 + action[..., 0] - next_obs[..., 0] ** 2
+
+
+@pytest.mark.parametrize("reward_fn", [None, odd_reward])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+@pytest.mark.parametrize("toy", [TinyMLP(2, 2), PointMass(2, wall=0.05), NoGo(0.6)], ids=["mlp", "wall", "nan"])
+def test_score_equals_the_slow_loop(toy: ToyDynamics, discount: float, reward_fn: Any, monkeypatch: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    dim = toy.spec.observation_space.shape[0]
+    x = torch.rand(3, dim, generator=g) * 0.4 - 0.2
+    candidates = torch.rand(3, 5, 3, 2, dim, generator=g) * 2 - 1
+    truth = slow_score(toy, x, candidates, discount, reward_fn)
+    got = score(toy, toy.start(x), candidates, discount=discount, obs=x, reward_fn=reward_fn)
+    torch.testing.assert_close(got, truth)
+    if reward_fn is None and not isinstance(toy, TinyMLP):  # the hard cases did occur
+        easy = slow_score(PointMass(dim), x, candidates, discount, None)
+        assert 0 < (truth == easy).sum() < truth.numel()
+    monkeypatch.setattr(planners.base, "MAX_DREAMS", 4)  # slices that straddle the rows
+    torch.testing.assert_close(
+        score(toy, toy.start(x), candidates, discount=discount, obs=x, reward_fn=reward_fn), truth
+    )
+
+
+def test_observations_are_decoded_only_for_a_reward_fn() -> None:
+    asked: list[bool] = []
+
+    class Listening(PointMass):
+        def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+            asked.append(decode)
+            return super().imagine(state, actions, decode=decode)
+
+    toy, x = Listening(), POINT_STARTS
+    score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2))
+    assert asked == [False] * 4
+    score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2), obs=x, reward_fn=odd_reward)
+    assert asked[4:] == [True] * 4
+
+
+def test_score_keeps_no_graph() -> None:
+    toy = TinyMLP()
+    toy.w1.requires_grad_()
+    assert not score(toy, toy.initial(1), torch.zeros(1, 2, 3, 1, 2)).requires_grad
+
+
+@pytest.mark.parametrize(
+    "candidates, kwargs, message",
+    [
+        (torch.zeros(2, 3, 4, 2), {}, r"\[B,N,H,K,A\] with B=2"),
+        (torch.zeros(3, 3, 4, 1, 2), {}, "B=2"),
+        (torch.zeros(2, 3, 4, 1, 3), {}, "A=2"),
+        (torch.zeros(2, 3, 4, 9, 2), {}, "K=9"),
+        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": odd_reward}, "pass the present observations"),
+        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": odd_reward, "obs": torch.zeros(2, 5)}, r"obs \[2, 2\]"),
+        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": lambda o, a, n: n, "obs": torch.zeros(2, 2)}, "reward_fn must drop"),
+    ],
+)
+def test_score_names_what_does_not_fit(candidates: Tensor, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(PointMass(), PointMass().start(POINT_STARTS), candidates, **kwargs)
+
+
+# --- what every planner promises -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(
+    planner=st.sampled_from(
+        [*SMALL, CEM(horizon=3, chunk=2, candidates=32, elites=6, std=9.0)]
+    ),  # almost all at the bounds
+    low=st.lists(st.floats(-100, 100), min_size=1, max_size=3),
+    width=st.floats(0.001, 50),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    pull=st.floats(-100, 100),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_no_action_leaves_the_bounds(
+    planner: Planner, low: list[float], width: float, dtype: Any, pull: float, seed: int
+) -> None:
+    lows = np.array(low, dtype)
+    space = spaces.Box(lows, (lows + width).astype(dtype), dtype=dtype)
+
+    class Guarded(ToyDynamics):
+        """Pulls towards a corner of the box, and looks at every action that it is given."""
+
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            assert (u.numpy() >= space.low).all() and (u.numpy() <= space.high).all()
+            return x, pull * u.sum(-1)
+
+    toy = Guarded(replace(box_spec(1, len(low)), action_space=space))
+    mpc = MPC(toy, planner, seed=seed % 2**31)
+    for _ in range(3):
+        for action in mpc.act(np.zeros(1, np.float32)):
+            assert space.contains(action)
+    plan = planner.plan(toy, toy.initial(2), seed=seed)
+    assert all(space.contains(a) for a in plan.actions.flatten(0, 2).numpy().astype(dtype))
+
+
+def test_actions_are_in_the_units_of_the_action_space() -> None:
+    # Shifted and stretched bounds, one to each dimension; the best action is 30% up each of them.
+    low, high = np.array([-3.0, 10.0], np.float32), np.array([-1.0, 50.0], np.float32)
+    target = torch.from_numpy(low + 0.3 * (high - low))
+
+    class Target(ToyDynamics):
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x, -(((u - target) / torch.tensor([2.0, 40.0])) ** 2).sum(-1)
+
+    toy = Target(replace(box_spec(1, 2), action_space=spaces.Box(low, high)))
+    for planner in (CEM(horizon=2, iterations=10), MPPI(horizon=2, iterations=10)):
+        actions = planner.plan(toy, toy.initial(1)).actions
+        torch.testing.assert_close(actions, target.expand_as(actions), rtol=0.01, atol=0)
+
+
+@each_planner
+def test_same_seed_same_plan_and_the_global_generator_is_left_alone(planner: Planner) -> None:
+    toy = TinyMLP()
+    state = toy.start(torch.ones(2, 3))
+    before = torch.get_rng_state()
+    first = planner.plan(toy, state, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again, other = planner.plan(toy, state, seed=3), planner.plan(toy, state, seed=4)
+    assert torch.equal(first.actions, again.actions) and torch.equal(first.value, again.value)
+    assert not torch.equal(first.actions, other.actions)
+
+
+@each_planner
+def test_a_row_plans_the_same_alone_as_in_a_batch(planner: Planner) -> None:
+    toy, seeds = PointMass(2), torch.tensor([5, 6, 7])
+    state = toy.start([[0.5, 0.1], [-0.2, 0.4], [0.3, 0.3]])
+    warm = Plan(torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(3))
+    together = planner.plan(toy, state, seed=seeds, warm=warm)
+    for b in range(3):
+        row = torch.tensor([b])
+        alone = planner.plan(toy, state.select(row), seed=seeds[row], warm=Plan(*(part[row] for part in warm)))
+        torch.testing.assert_close(alone.actions[0], together.actions[b])
+        torch.testing.assert_close(alone.value[0], together.value[b])
+
+
+@pytest.mark.parametrize("planner", SMALL[:2], ids=lambda p: type(p).__name__)
+def test_a_warm_start_is_only_left_for_something_better(planner: Planner) -> None:
+    toy = PointMass(1)
+    state = toy.start([[0.6]])
+    best = Plan(-torch.ones(1, 3, 2, 1), torch.zeros(1))  # full speed home
+    plan = planner.plan(toy, state, warm=best)
+    torch.testing.assert_close(plan.value, toy.optimal_return(state["x"], 6))
+    assert planner.plan(toy, state).value < plan.value
+
+
+def test_planners_end_the_episode_where_that_is_best() -> None:
+    # Beyond the wall nothing is paid any more: one step of 0.86 or so instead of six on the way home.
+    toy = PointMass(1, wall=0.85)
+    for planner in (RandomShooting(horizon=6), CEM(horizon=6), MPPI(horizon=6, iterations=10)):
+        plan = planner.plan(toy, toy.start([[0.8]]))
+        assert plan.actions[0, 0, 0, 0] > 0.5
+        assert -0.91 < plan.value < -0.85
+
+
+def test_non_finite_returns_are_never_preferred() -> None:
+    # The unlimited optimum lies in the middle of what earns NaN; with actions up to 0.5 six steps cost 3.75.
+    toy = NoGo(limit=0.5)
+    for planner in (CEM(horizon=6, iterations=10), MPPI(horizon=6, iterations=10), RandomShooting(horizon=6)):
+        plan = planner.plan(toy, toy.start([[-0.8]]))
+        assert plan.actions.max() <= 0.5
+        assert -4.4 < plan.value < -3.7
+
+
+def test_cem_finds_its_way_where_few_candidates_are_finite() -> None:
+    # Only the plans that never push up are finite: 6 of 400 at first, far fewer than the 40 elites.
+    toy = NoGo(limit=0.0)
+    x = torch.full((10, 1), 0.8)
+    value = CEM(horizon=6, iterations=5).plan(toy, toy.start(x), seed=torch.arange(10)).value
+    assert value.mean() > 1.05 * toy.optimal_return(x[:1], 6)
+
+
+@each_planner
+def test_a_warm_start_that_alone_is_finite_is_kept(planner: Planner) -> None:
+    class OnlyThis(ToyDynamics):
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.where(u[:, 0] == 0.25, 1.0, torch.nan)
+
+    toy, warm = OnlyThis(box_spec(1, 1)), Plan(torch.full((1, 3, 2, 1), 0.25), torch.zeros(1))
+    plan = planner.plan(toy, toy.initial(1), warm=warm)
+    assert torch.equal(plan.actions, warm.actions) and plan.value == 6
+
+
+@each_planner
+def test_where_nothing_is_finite_the_value_says_so_and_other_rows_do_not_suffer(planner: Planner) -> None:
+    toy = PointMass(2)
+    plan = planner.plan(toy, toy.start([[0.5, 0.1], [torch.nan, 0.0]]))
+    alone = planner.plan(toy, toy.start([[0.5, 0.1]]))
+    assert plan.value[1] == -torch.inf and plan.actions.isfinite().all()
+    torch.testing.assert_close(plan.actions[0], alone.actions[0])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: CEM(horizon=0), "horizon must be positive, got 0"),
+        (lambda: CEM(elites=500), "elites <= candidates"),
+        (lambda: CEM(elites=1), "2 <= elites"),
+        (lambda: CEM(min_std=2.0), "min_std <= std"),
+        (lambda: MPPI(temperature=0.0), "temperature must be positive"),
+        (lambda: MPPI(std=float("nan")), "std must be positive"),
+        (lambda: RandomShooting(candidates=-1), "candidates must be positive"),
+    ],
+)
+def test_settings_that_make_no_sense(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@each_planner
+def test_plans_that_cannot_be_made(planner: Planner) -> None:
+    toy = PointMass(2)
+    with pytest.raises(ValueError, match=r"warm.actions must be \[B,H,K,A\] = \[1, 3, 2, 2\], got \[1, 4, 2, 2\]"):
+        planner.plan(toy, toy.initial(1), warm=Plan(torch.zeros(1, 4, 2, 2), torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"warm.actions must lie within"):
+        planner.plan(toy, toy.initial(1), warm=Plan(torch.full((1, 3, 2, 2), 1.1), torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"seed must be one int or int64 \[B\] with B=1"):
+        planner.plan(toy, toy.initial(1), seed=torch.arange(2))
+    with pytest.raises(ValueError, match="K=2; give 1 <= K <= 1"):
+        planner.plan(PointMass(2, chunk=1), toy.initial(1))
+    toy.spec = replace(toy.spec, action_space=spaces.Box(-np.inf, np.inf, (2,)))
+    with pytest.raises(ValueError, match="bound it first"):
+        planner.plan(toy, toy.initial(1))
+
+
+# --- MPC ------------------------------------------------------------------------------------------------------------
+
+
+def play(toy: ToyDynamics, x: Tensor, actions: Tensor) -> Tensor:
+    """The real environment: x [B,O], actions [B,K,A] -> all that was seen, [B,K,O]."""
+    obs = toy.imagine(toy.initial(len(x), torch.zeros(len(x), dtype=torch.int64)).replace(x=x), actions)[1].obs
+    assert obs is not None
+    return obs
+
+
+def written(state: LatentState, b: int) -> list[tuple[float, float]]:
+    """Row b of a diary: (action that led there or NaN, what was seen), oldest first."""
+    seen = ~state["seen"][b, :, 0].isnan()
+    return list(zip(state["led"][b, seen, 0].tolist(), state["seen"][b, seen, 0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_mpc_remembers_every_frame_with_the_action_that_led_there(chunk: int) -> None:
+    toy, witness = Diary(), Witness(RandomShooting(horizon=2, chunk=chunk, candidates=8))
+    mpc = MPC(toy, witness, seed=5)
+    inner, expected = None, [(math.nan, 2.0)]
+    obs = np.array([2.0], np.float32)
+    for _ in range(3):
+        action = mpc.act(obs, inner_obs=inner)
+        assert action.shape == ((1,) if chunk == 1 else (chunk, 1))
+        np.testing.assert_equal(written(witness.calls[-1]["state"], 0), expected)
+        actions = torch.from_numpy(action).view(1, chunk, 1)
+        # The real frames differ from the dreamed ones, so that it shows which of them were written down.
+        seen = play(toy, torch.from_numpy(obs)[None], actions)[0] + 0.01
+        expected += list(zip(actions[0, :, 0].tolist(), seen[:, 0].tolist(), strict=True))
+        inner, obs = seen.numpy() if chunk > 1 else None, seen[-1].numpy()
+    assert witness.calls[0]["state"]["seed"].tolist() == [5]
+
+
+def test_frames_that_were_not_seen_are_filled_in_with_the_prediction() -> None:
+    toy, witness = Diary(), Witness(RandomShooting(horizon=2, chunk=3, candidates=8))
+    mpc = MPC(toy, witness)
+    actions = mpc.act(torch.tensor([2.0]))
+    predicted = play(toy, torch.tensor([[2.0]]), actions[None])[0, :, 0]
+    mpc.act(torch.tensor([9.0]))
+    seen = [2.0, *predicted[:2].tolist(), 9.0]
+    diary = written(witness.calls[-1]["state"], 0)
+    assert [s for _, s in diary] == pytest.approx(seen)
+    assert [a for a, _ in diary][1:] == pytest.approx(actions[:, 0].tolist())
+
+
+def test_the_next_plan_starts_from_the_rest_of_the_last() -> None:
+    space = spaces.Box(np.array([-1, 2], np.float32), np.array([1, 6], np.float32))
+    toy = TinyMLP()
+    toy.spec = replace(toy.spec, action_space=space)
+    witness = Witness(RandomShooting(horizon=3, chunk=2, candidates=8))
+    mpc = MPC(toy, witness)
+    first = mpc.act(np.zeros(3))
+    assert witness.calls[0]["warm"] is None
+    np.testing.assert_array_equal(first, witness.plans[0].actions[0, 0])
+    mpc.act(np.zeros(3))
+    warm = witness.calls[1]["warm"].actions
+    assert torch.equal(warm[:, :2], witness.plans[0].actions[:, 1:])
+    assert torch.equal(warm[:, 2], torch.tensor([0.0, 4.0]).expand(1, 2, 2))  # the middle of the bounds
+
+
+def test_warm_starts_help() -> None:
+    toy, planner = PointMass(2), CEM(horizon=10, candidates=60, elites=6, iterations=2)
+
+    def excess(warm: bool) -> float:
+        """What 20 steps cost more than they have to."""
+        mpc, x = MPC(toy, planner), POINT_STARTS.repeat(8, 1)
+        mpc.reset(len(x))
+        total = toy.optimal_return(x, 20).sum().item()
+        for t in range(20):
+            if not warm:
+                mpc = MPC(toy, planner, seed=100 * t)
+                mpc.reset(len(x))
+            x, reward = toy.step(x, mpc.act(x))
+            total -= reward.sum().item()
+        return total
+
+    assert excess(warm=True) < 0.7 * excess(warm=False)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@each_planner
+def test_rows_with_episodes_of_their_own_act_as_they_would_alone(planner: Planner, inner: bool) -> None:
+    toy, starts = Diary(), torch.tensor([[0.5], [-0.7], [0.2]])
+    ends = {1: [True, False, False], 3: [False, True, True]}
+
+    def episode(mpc: MPC, rows: list[int]) -> list[Tensor]:
+        mpc.reset(len(rows))
+        x, seen, played = starts[rows], None, []
+        for t in range(5):
+            played.append(mpc.act(x, inner_obs=seen))
+            frames = play(toy, x, played[-1]) + 0.01
+            x, seen = frames[:, -1], frames if inner else None
+            if t in ends:
+                done = torch.tensor(ends[t])[rows]
+                mpc.reset_rows(done)
+                x = torch.where(done[:, None], starts[rows] / 2, x)
+        return played
+
+    together = torch.stack(episode(MPC(toy, planner, seed=10), [0, 1, 2]))
+    for b in range(3):
+        torch.testing.assert_close(together[:, b : b + 1], torch.stack(episode(MPC(toy, planner, seed=10 + b), [b])))
+
+
+def test_a_row_that_begins_anew_remembers_and_continues_nothing() -> None:
+    toy, witness = Diary(), Witness(RandomShooting(horizon=2, chunk=2, candidates=64))
+    mpc = MPC(toy, witness)
+    mpc.reset(2)
+    mpc.act(np.array([[0.9], [-0.8]]))
+    mpc.reset_rows(np.array([False, True]))
+    inner = np.array([[[0.3], [0.4]], [[np.nan], [np.nan]]])  # nothing was seen in row 1: its episode begins
+    mpc.act(np.array([[0.4], [0.9]]), inner_obs=inner)
+    state, warm = witness.calls[-1]["state"], witness.calls[-1]["warm"]
+    assert [s for _, s in written(state, 0)] == pytest.approx([0.9, 0.3, 0.4])
+    assert [s for _, s in written(state, 1)] == pytest.approx([0.9])
+    assert warm.actions[0].any() and not warm.actions[1].any()
+
+
+def test_reset_begins_the_same_decisions_again() -> None:
+    toy, x = TinyMLP(), np.ones(3)
+    mpc = MPC(toy, SMALL[1], seed=2)
+    first = [mpc.act(x) for _ in range(3)]
+    mpc.reset()
+    assert mpc.plan is None
+    np.testing.assert_array_equal(first, [mpc.act(x) for _ in range(3)])
+    assert not np.array_equal(first[0], MPC(toy, SMALL[1], seed=3).act(x))
+
+
+def test_mpc_plans_from_a_given_state_and_goes_on_from_it() -> None:
+    toy, witness = PointMass(2), Witness(SMALL[1])
+    mpc = MPC(toy, witness)
+    exact = toy.start([[0.7, -0.7]])
+    mpc.act(np.zeros(2), state=exact)
+    assert witness.calls[0]["state"] is exact
+    assert mpc.plan is not None and (mpc.plan.actions[0, 0, 0] * torch.tensor([-1, 1]) > 0).all()
+    mpc.act(np.full(2, 0.5))
+    assert torch.equal(witness.calls[1]["state"]["x"], torch.full((1, 2), 0.5))
+    assert witness.calls[1]["warm"] is not None
+
+
+def test_mpc_passes_its_reward_fn_on() -> None:
+    def go_right(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        return next_obs[..., 0] - obs[..., 0]
+
+    mpc = MPC(PointMass(1), CEM(horizon=4, iterations=10), reward_fn=go_right)
+    assert mpc.act(np.array([0.5])) == pytest.approx(1.0, abs=0.01)
+    assert mpc.plan is not None and mpc.plan.value.item() == pytest.approx(0.4, abs=0.01)
+
+
+def test_mpc_solves_the_point_mass_from_numpy_with_the_action_space_dtype() -> None:
+    toy, x = PointMass(2), np.array([0.6, -0.4])
+    mpc = MPC(toy, CEM(horizon=8))
+    for _ in range(10):
+        action = mpc.act(x)
+        assert isinstance(action, np.ndarray) and action.dtype == np.float32 and toy.spec.action_space.contains(action)
+        x = x + 0.1 * action
+    assert np.abs(x).max() < 0.05
+
+
+def test_mpc_copies_what_it_is_shown() -> None:
+    toy, witness = Diary(), Witness(SMALL[0])
+    mpc, obs = MPC(toy, witness), np.array([0.5], np.float32)
+    mpc.act(obs)
+    obs[:] = 7.0  # many environments write the next observation into the same array
+    assert witness.calls[0]["state"]["x"].item() == 0.5
+
+
+def test_bad_evidence_is_refused_and_changes_nothing() -> None:
+    toy = Diary()
+    mpc, twin = MPC(toy, SMALL[0], seed=1), MPC(toy, SMALL[0], seed=1)
+    ok = np.array([0.5])
+    np.testing.assert_array_equal(mpc.act(ok), twin.act(ok))
+    wrong: list[tuple[Any, dict, type[Exception], str]] = [
+        ([0.5], {}, TypeError, "obs must be a numpy array or a tensor, got list"),
+        (np.zeros(2), {}, ValueError, r"obs must have shape \[1\], got \[2\]"),
+        (np.zeros((2, 1)), {}, ValueError, r"obs must have shape \[1, 1\], got \[2, 1\].*reset\(batch\)"),
+        (np.array([np.nan]), {}, ValueError, "obs must be finite, got nan"),
+        (np.array([1e300]), {}, ValueError, "obs must be finite, got inf"),
+        (ok, {"inner_obs": np.zeros((3, 1))}, ValueError, r"inner_obs must have shape \[2, 1\], got \[3, 1\]"),
+        (ok, {"inner_obs": np.array([[np.inf], [0.5]])}, ValueError, "inner_obs must be finite"),
+        (ok, {"inner_obs": np.array([[0.1], [0.2]])}, ValueError, "inner_obs must end with obs.*reset_rows"),
+        (ok, {"state": toy.initial(3, torch.zeros(3))}, ValueError, "state has 3 rows, but this MPC controls 1"),
+        (ok, {"state": toy.initial(1, torch.zeros(1)), "inner_obs": ok}, ValueError, "inner_obs or state, not both"),
+    ]
+    for obs, kwargs, error, message in wrong:
+        with pytest.raises(error, match=message):
+            mpc.act(obs, **kwargs)
+    with pytest.raises(ValueError, match=r"done must be bool \[1\]"):
+        mpc.reset_rows(np.array([1]))
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        mpc.reset(0)
+    np.testing.assert_array_equal(mpc.act(ok), twin.act(ok))
+
+
+def test_mpc_does_not_act_on_dreams_that_broke_down() -> None:
+    mpc = MPC(NoGo(limit=-2.0), SMALL[1])
+    with pytest.raises(FloatingPointError, match=r"rows \[0\]"):
+        mpc.act(np.array([0.5]))

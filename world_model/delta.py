@@ -1,0 +1,88 @@
+"""The gated delta rule: the slow recurrence, which is the truth, and the chunked form that training uses.
+
+Gated DeltaNet (arXiv 2412.06464). Keys have unit length, 0 < beta < 1, alpha = exp(log_alpha) <= 1, and
+
+    S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T        o = S q / sqrt(d)
+
+Shapes, in both forms: q [B,H,R,d], k [B,H,T,d], v [B,H,T,e], log_alpha and beta [B,H,T], state S [B,H,e,d].
+Queries are apart from keys: query r reads the memory as it stands after the first ``at[r]`` keys were written
+(by default query t reads after key t). So a denoising chunk can read a memory that it never writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def delta_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """One key at a time, in any dtype -> (o [B,H,R,e], final state [B,H,e,d])."""
+    states = [state]
+    for t in range(k.shape[2]):
+        alpha = log_alpha[:, :, t].exp()[..., None, None]
+        key, value = k[:, :, t, None, :], v[:, :, t, :, None]
+        decayed = alpha * states[-1]
+        wrong = value - (decayed * key).sum(-1, keepdim=True)  # what the memory would answer amiss
+        states.append(decayed + beta[:, :, t, None, None] * wrong * key)
+    reads = range(1, k.shape[2] + 1) if at is None else at
+    o = [(states[n] * q[:, :, r, None, :]).sum(-1) for r, n in enumerate(reads)]
+    out = torch.stack(o, 2) if o else q.new_zeros(*q.shape[:3], v.shape[-1])
+    return out * q.shape[-1] ** -0.5, states[-1]
+
+
+def delta_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    at: Sequence[int] | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same outputs, final state and gradients by matrix products over ``chunk`` keys at a time.
+
+    With u_t = beta_t (v_t - alpha_t S_{t-1} k_t) the memory is S_t = alpha_t S_{t-1} + u_t k_t^T, and inside a chunk the
+    u solve a unit lower triangular system. The solve is exact substitution: doubling a Neumann series overflows when
+    keys are correlated. Decays enter only as exp of differences that are <= 0, so nothing overflows.
+    """
+    total = k.shape[2]
+    if total == 0:
+        return read(q, state), state
+    reads = list(range(1, total + 1) if at is None else at)
+    q, beta = q * q.shape[-1] ** -0.5, beta[..., None]
+    order: list[int] = []
+    outs: list[Tensor] = []
+    for first in range(0, total, chunk):
+        last = min(first + chunk, total)
+        mine = [r for r, n in enumerate(reads) if first < n <= last or n == first == 0]
+        kc, vc, bc = k[:, :, first:last], v[:, :, first:last], beta[:, :, first:last]
+        decay = log_alpha[:, :, first:last].cumsum(-1)  # log of the product of alphas up to each key
+        gap = decay[..., :, None] - decay[..., None, :]
+        lower = (bc * (kc @ kc.mT) * gap.tril(-1).exp()).tril(-1)
+        right = bc * (vc - decay.exp()[..., None] * (kc @ state.mT))
+        u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)  # [B,H,C,e]
+        if mine:
+            order += mine
+            seen = torch.tensor([reads[r] - first for r in mine], device=k.device)
+            qc = q if mine == list(range(q.shape[2])) else q[:, :, mine]
+            upto = torch.cat([torch.zeros_like(decay[..., :1]), decay], -1)[..., seen]  # [B,H,r]
+            mask = torch.arange(last - first, device=k.device) < seen[:, None]
+            gap = (upto[..., :, None] - decay[..., None, :]).masked_fill(~mask, -torch.inf)
+            outs.append((qc @ kc.mT * gap.exp()) @ u + upto.exp()[..., None] * (qc @ state.mT))
+        end = decay[..., -1:]
+        state = end.exp()[..., None] * state + (u * (end - decay).exp()[..., None]).mT @ kc
+    if not outs:
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), state
+    out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+    return (out if order == sorted(order) else out[:, :, torch.tensor(order).argsort()]), state
+
+
+def read(q: Tensor, state: Tensor) -> Tensor:
+    """Read the memory without writing: q [B,H,R,d], state [B,H,e,d] -> [B,H,R,e]."""
+    return (q * q.shape[-1] ** -0.5) @ state.mT

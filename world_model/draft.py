@@ -1,0 +1,70 @@
+"""The Markov draft: a one-step guess with its variance, which the transformer refines; and the reward that goes with a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatedBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.enter(self.norm(x)).chunk(2, -1)
+        return x + self.leave(value * F.silu(gate))
+
+
+class Draft(nn.Module):
+    """f(o, a) -> mean and log-variance of the scaled change of a normalised observation.
+
+    Each dimension's change is scaled by its usual size, ``step_std`` [O] in normalised units.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int, blocks: int):
+        super().__init__()
+        self.enter = nn.Linear(obs_dim + action_dim, width)
+        self.blocks = nn.Sequential(*(GatedBlock(width) for _ in range(blocks)))
+        self.leave = nn.Linear(width, 2 * obs_dim)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean [...,O], log-variance [...,O] of change / step_std."""
+        mean, log_var = self.leave(self.blocks(self.enter(torch.cat([obs, action], -1)))).chunk(2, -1)
+        return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
+
+    def unroll(self, obs: Tensor, actions: Tensor, step_std: Tensor) -> tuple[Tensor, Tensor]:
+        """From obs [B,O] through actions [B,K,A] -> the guessed observations and their variances, both [B,K,O]."""
+        means, variances, variance = [], [], torch.zeros_like(obs)
+        for action in actions.unbind(1):
+            mean, log_var = self(obs, action)
+            obs = obs + step_std * mean
+            variance = variance + step_std.square() * log_var.exp()
+            means.append(obs)
+            variances.append(variance)
+        return torch.stack(means, 1), torch.stack(variances, 1)
+
+
+def beta_nll(mean: Tensor, log_var: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
+    """Gaussian negative log-likelihood weighted by variance^beta (arXiv 2203.09168): plain NLL starves what is hard."""
+    nll = 0.5 * ((target - mean).square() * (-log_var).exp() + log_var)
+    return (nll * (beta * log_var.detach()).exp()).mean()
+
+
+class Outcome(nn.Module):
+    """What a step yields: normalised reward and the logit of termination, from what it started at, did and led to."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3 * obs_dim + action_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+        )
+
+    def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:
+        """obs and after [...,O] normalised, change [...,O] scaled, action [...,A] in [-1,1] -> [...,2]."""
+        return self.layers(torch.cat([obs, action, change, after], -1))

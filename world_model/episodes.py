@@ -1,0 +1,93 @@
+"""Recorded experience (Minari) cut into training windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from world_model.contract import Spec
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """All frames of all episodes in a row; frame t holds obs_t and what led to it.
+
+    obs [F,O], action [F,A] (zero at an episode's first frame), reward [F], terminated [F] bool,
+    index [F]: how many frames of its episode come before, left [F]: how many come after. float32 but for the last two.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    index: Tensor
+    left: Tensor
+
+    @classmethod
+    def stack(cls, episodes: Iterable[tuple[Any, Any, Any, Any]]) -> Episodes:
+        """From (observations [T+1,O], actions [T,A], rewards [T], terminated [T]) an episode.
+
+        Raises ValueError on an episode with no rewards, mismatched lengths or numbers that are not finite.
+        """
+        parts: list[tuple[np.ndarray, ...]] = []
+        for number, episode in enumerate(episodes):
+            named = dict(zip(("observations", "actions", "rewards", "terminated"), episode, strict=True))
+            for name, values in named.items():
+                if values is None or np.ndim(values) == 0:
+                    raise ValueError(f"episode {number} has no {name}; a world model needs observations, actions, rewards and terminations")
+            obs, action, reward, ended = (np.asarray(x) for x in episode)
+            steps = len(action)
+            if len(obs) != steps + 1 or len(reward) != steps or len(ended) != steps or obs.ndim != 2 or action.ndim != 2:
+                raise ValueError(
+                    f"episode {number}: expected observations [T+1,O], actions [T,A], rewards [T], terminated [T], "
+                    f"got {obs.shape}, {action.shape}, {reward.shape}, {ended.shape}"
+                )
+            for name, values in named.items():
+                if not np.isfinite(values).all():
+                    raise ValueError(f"episode {number} has {name} that are not finite; drop or repair it before training")
+            pad = np.zeros((1, action.shape[1]), action.dtype)
+            parts.append((obs, np.concatenate([pad, action]), np.r_[0.0, reward], np.r_[False, ended], np.arange(steps + 1), np.arange(steps, -1, -1)))
+        if not parts:
+            raise ValueError("no episodes: collect some first (kairos collect)")
+        obs, action, reward, ended, index, left = (torch.as_tensor(np.concatenate(column)) for column in zip(*parts, strict=True))
+        return cls(obs.float(), action.float(), reward.float(), ended.bool(), index, left)
+
+    @classmethod
+    def from_minari(cls, dataset: Any, first: int = 0, last: int | None = None) -> Episodes:
+        """Episodes first..last-1 of a ``minari.MinariDataset``."""
+        ids = list(range(dataset.total_episodes))[first:last]
+        return cls.stack((e.observations, e.actions, e.rewards, e.terminations) for e in dataset.iterate_episodes(ids))
+
+    def starts(self) -> Tensor:
+        """The frames that episodes begin at, int64."""
+        return (self.index == 0).nonzero()[:, 0]
+
+    def windows(self, at: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Windows of ``frames`` frames from frames ``at`` [B] -> obs, action, reward, terminated, valid: [B,T,...].
+
+        A window that outlasts its episode repeats the last frame, with valid False there.
+        """
+        rows = at[:, None] + torch.arange(frames)
+        end = (at + self.left[at])[:, None]
+        valid = rows <= end
+        rows = torch.minimum(rows, end)
+        return self.obs[rows], self.action[rows], self.reward[rows], self.terminated[rows] & valid, valid
+
+
+def spec_of(env: gym.Env, chunk: int) -> Spec:
+    """The ``Spec`` of a simulator: its spaces (vectors), and its time step where it tells one (else 1).
+
+    Raises ValueError on spaces that are not Box vectors.
+    """
+    obs, act = env.observation_space, env.action_space
+    for name, space in (("observation", obs), ("action", act)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"the {name} space must be a Box of one dimension, got {space}; flatten it with a gymnasium wrapper")
+    assert isinstance(obs, gym.spaces.Box) and isinstance(act, gym.spaces.Box)
+    return Spec(obs, act, chunk, float(getattr(env.unwrapped, "dt", 1.0)))

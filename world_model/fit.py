@@ -1,0 +1,256 @@
+"""The training loop: first the draft, then the memory that refines it; killed at any time, it resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from world_model.config import WorldModelConfig
+from world_model.contract import Spec
+from world_model.draft import beta_nll
+from world_model.episodes import Episodes
+from world_model.flow import corrupt, shift, shift_factor, velocity_loss
+from world_model.model import Starts, WorldModel, save_atomically
+from world_model.window import Layout
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a world model is trained. Steps are optimiser updates, ``frames`` the length of a training window."""
+
+    draft_steps: int = 6000
+    steps: int = 2500
+    draft_batch: int = 256
+    batch: int = 16
+    frames: int = 16
+    draft_lr: float = 6e-3
+    lr: float = 2e-3
+    draft_ema: float = 0.999
+    ema: float = 0.998
+    chunks: tuple[int, ...] = (1, 1, 2, 4)  # chunk lengths, taken in turn
+    seed: int = 0
+    save_every: int = 500
+
+
+def fit(
+    config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitConfig = FitConfig(), *, out: str | Path, progress: bool = True
+) -> WorldModel:
+    """Train on ``episodes`` -> the trained WorldModel, also saved in the folder ``out``.
+
+    Everything drawn at random is a function of (seed, step), so the same call gives the same weights on the same machine,
+    also when it was killed in between: called again with the same arguments it goes on from the last checkpoint in
+    ``out`` (at most ``save_every`` updates are lost). Raises ValueError where ``out`` holds a checkpoint of another recipe.
+    """
+    _check(config, episodes, train)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(train.seed)
+    model = WorldModel(config, spec)
+    model.scaling.measure(episodes)
+    model.terminates.fill_(bool(episodes.terminated.any()))
+    run = Run(model, episodes, train, out)
+    started, cpu = run.resume(), time.process_time()
+    total = train.draft_steps + train.steps
+    bar = tqdm(total=total, initial=started, disable=not progress, unit="update", desc="fit")
+    log = SummaryWriter(str(out / "logs"), purge_step=started)
+    try:
+        for step in range(started, total):
+            losses = run.update(step)
+            if step % 100 == 0:
+                for name, value in losses.items():
+                    log.add_scalar(f"loss/{name}", value.item(), step)
+                bar.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
+            bar.update()
+            if (step + 1) % train.save_every == 0 and step + 1 < total:
+                run.save(step + 1, time.process_time() - cpu)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the last checkpoint in {out}")
+        raise
+    finally:
+        bar.close()
+        log.close()
+    run.finish()
+    first = episodes.starts()
+    model.starts = Starts(episodes.obs[first][:256, None], episodes.action[first][:256, None])
+    model.card = {
+        "fit": {"train": asdict(train), "frames_of_data": len(episodes.obs), "cpu_seconds": round(run.cpu_seconds + time.process_time() - cpu, 1)},
+    }
+    model.eval().requires_grad_(False)
+    model.save_pretrained(out)
+    (out / "training.safetensors").unlink(missing_ok=True)
+    return model
+
+
+def _check(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> None:
+    if max(train.chunks) > config.chunk or min(train.chunks) < 1:
+        raise ValueError(f"chunks={train.chunks} must lie within 1 and the model's chunk={config.chunk}")
+    if any(train.frames % chunk for chunk in train.chunks):
+        raise ValueError(f"frames={train.frames} must be a multiple of every chunk length in {train.chunks}")
+    have = (episodes.obs.shape[1], episodes.action.shape[1])
+    if have != (config.obs_dim, config.action_dim):
+        raise ValueError(f"the data have (O, A) = {have}, the config says {(config.obs_dim, config.action_dim)}")
+    if not (episodes.index > 0).any():
+        raise ValueError("the data hold no step, only first observations")
+
+
+class Run:
+    """A model in training: its optimisers, its averaged weights, and where it stands."""
+
+    def __init__(self, model: WorldModel, episodes: Episodes, train: FitConfig, out: Path):
+        self.model, self.episodes, self.train, self.out = model, episodes, train, out
+        self.cpu_seconds = 0.0
+        first = {"draft", "outcome"}
+        self.groups = [
+            {name: p for name, p in model.named_parameters() if (name.split(".")[0] in first) == early} for early in (True, False)
+        ]
+        self.averages = [{name: p.detach().clone() for name, p in group.items()} for group in self.groups]
+        self.optimisers = [
+            torch.optim.AdamW(group.values(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True) for group in self.groups
+        ]
+        self.transitions = (episodes.index > 0).nonzero()[:, 0]
+        # A window needs at least one step; one that would outlast its episode starts earlier where it can.
+        room = episodes.left >= torch.minimum(torch.tensor(train.frames), episodes.index + episodes.left)
+        self.windows = (room & (episodes.left > 0)).nonzero()[:, 0]
+        self.generator = torch.Generator()
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """One optimiser step; all it draws is a function of (seed, step)."""
+        train = self.train
+        self.generator.manual_seed((train.seed << 32) + step)
+        early = step < train.draft_steps
+        if step == train.draft_steps:
+            self._freeze_draft()
+        phase = 0 if early else 1
+        done, length = (step, train.draft_steps) if early else (step - train.draft_steps, train.steps)
+        optimiser, group = self.optimisers[phase], self.groups[phase]
+        losses = self._draft_losses() if early else self._memory_losses(train.chunks[step % len(train.chunks)])
+        optimiser.zero_grad()
+        total: Tensor = sum(losses.values())  # type: ignore[assignment]
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(group.values(), 1.0, foreach=True)
+        warm = min(1.0, (done + 1) / min(100, length))
+        optimiser.param_groups[0]["lr"] = (train.draft_lr if early else train.lr) * warm * (0.5 + 0.5 * math.cos(math.pi * done / length))
+        optimiser.step()
+        decay = min(train.draft_ema if early else train.ema, (done + 1) / (done + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averages[phase].values()), list(group.values()), 1 - decay)
+        return losses
+
+    def _draft_losses(self) -> dict[str, Tensor]:
+        model, data = self.model, self.episodes
+        rows = self.transitions[torch.randint(len(self.transitions), (self.train.draft_batch,), generator=self.generator)]
+        before, after = model.scaling.obs(data.obs[rows - 1]), model.scaling.obs(data.obs[rows])
+        action = model.scaling.action(data.action[rows])
+        outcome = model.judge(before, action, after, None)
+        losses = self._outcome_losses(outcome, data.reward[rows], data.terminated[rows], torch.ones(len(rows)))
+        if model.draft is not None:
+            mean, log_var = model.draft(before, action)
+            losses["draft"] = beta_nll(mean, log_var, (after - before) / model.scaling.step_std)
+        return losses
+
+    def _memory_losses(self, chunk: int) -> dict[str, Tensor]:
+        train, model, g = self.train, self.model, self.generator
+        at = self.windows[torch.randint(len(self.windows), (train.batch,), generator=g)]
+        obs, actions, reward, ended, valid = self.episodes.windows(at, train.frames + 1)
+        obs, actions = model.scaling.obs(obs), model.scaling.action(actions)
+        layout = Layout(train.frames + 1, tuple(range(1, train.frames + 1, chunk)), chunk)
+        # From here on the frames after the first are grouped in chunks: [B,C,K,...]
+        target, before, play, gain, end, weight = (
+            x.unflatten(1, (-1, chunk)) for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
+        )
+        with torch.no_grad():
+            guess = model.guess(before[:, :, 0], play)
+            clean = (target - guess.mean) / guess.scale
+            # Half of the chunks practise the mean dream: all noise, but from zero, the noise's mean.
+            mean = torch.rand(*clean.shape[:2], 1, 1, generator=g) < 0.5
+            s = shift(torch.rand(mean.shape, generator=g), shift_factor(chunk, model.config.tokens)).masked_fill(mean, 1.0)
+            eps = torch.randn(clean.shape, generator=g).masked_fill(mean, 0.0)
+            z = corrupt(clean, eps, s)
+        first = torch.zeros(obs.shape[:2], dtype=torch.bool)
+        first[:, 0] = True
+        residual, features, _ = model.refine(layout, z, s, guess, play, (obs, actions, first))
+        flow = (velocity_loss(residual, clean, s).mean(-1) * weight).sum() / weight.sum()
+        with torch.no_grad():
+            base = model.judge(before, play, target, None)
+        outcome = base + model.outcome_memory(features)
+        return {"flow": flow, **self._outcome_losses(outcome, gain, end, weight)}
+
+    def _outcome_losses(self, outcome: Tensor, reward: Tensor, ended: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        scaling = self.model.scaling
+        wrong = (outcome[..., 0] - (reward - scaling.reward_mean) / scaling.reward_std).square()
+        losses = {"reward": (wrong * weight).sum() / weight.sum()}
+        if self.model.terminates:
+            cross = F.binary_cross_entropy_with_logits(outcome[..., 1], ended.float(), reduction="none")
+            losses["terminated"] = (cross * weight).sum() / weight.sum()
+        return losses
+
+    @torch.no_grad()
+    def _freeze_draft(self) -> None:
+        """End of the draft's training: its averaged weights stay, and what it gets wrong becomes the flow's unit."""
+        model, data, k = self.model, self.episodes, self.model.config.chunk
+        self._settle(0)
+        g = torch.Generator().manual_seed(self.train.seed)
+        at = self.windows[torch.randint(len(self.windows), (4096,), generator=g)]
+        obs, actions, _, _, valid = data.windows(at, k + 1)
+        obs = model.scaling.obs(obs)
+        wrong = (obs[:, 1:] - model.guess(obs[:, 0], model.scaling.action(actions[:, 1:])).mean).square()
+        weight = valid[:, 1:, None].float()
+        model.error.copy_(((wrong * weight).sum(0) / weight.sum(0)).sqrt().clamp_min(1e-5))
+
+    @torch.no_grad()
+    def _settle(self, phase: int) -> None:
+        for name, p in self.groups[phase].items():
+            p.copy_(self.averages[phase][name])
+
+    def finish(self) -> None:
+        """Put the averaged weights in the place of the last ones."""
+        if self.train.steps == 0:
+            self._freeze_draft()
+        self._settle(1)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _recipe(self) -> str:
+        recipe = {"model": asdict(self.model.config), "train": asdict(self.train), "frames_of_data": len(self.episodes.obs)}
+        return json.dumps(recipe, sort_keys=True)
+
+    def save(self, step: int, cpu_seconds: float) -> None:
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
+            for name, p in group.items():
+                tensors[f"average/{name}"] = average[name]
+                tensors |= {f"optimiser/{key}/{name}": t for key, t in optimiser.state.get(p, {}).items()}
+        tensors["recipe"] = torch.frombuffer(bytearray(self._recipe().encode()), dtype=torch.uint8)
+        tensors["step"], tensors["cpu"] = torch.tensor(step), torch.tensor(self.cpu_seconds + cpu_seconds)
+        save_atomically(self.out / "training.safetensors", tensors)
+
+    def resume(self) -> int:
+        """Go on from the checkpoint in the folder, if there is one -> the step to go on from."""
+        path = self.out / "training.safetensors"
+        if not path.exists():
+            return 0
+        with safe_open(path, "pt") as file:
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+        was = bytes(tensors["recipe"].numpy()).decode()
+        if was != self._recipe():
+            raise ValueError(f"{path} belongs to another run ({was}); choose another folder, or delete it to start afresh")
+        self.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model/")})
+        for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
+            for name, p in group.items():
+                average[name] = tensors[f"average/{name}"]
+                state = {key: tensors.get(f"optimiser/{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if state["step"] is not None:
+                    optimiser.state[p] = state
+        self.cpu_seconds = float(tensors["cpu"])
+        return int(tensors["step"])

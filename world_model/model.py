@@ -1,0 +1,274 @@
+"""WorldModel: tokens, draft, memory and flow joined into the verbs initial, observe and imagine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from world_model.config import WorldModelConfig
+from world_model.contract import Imagined, Spec
+from world_model.draft import Draft, Outcome
+from world_model.flow import euler, shift_factor
+from world_model.mot import Memory, Trunk
+from world_model.noise import normal
+from world_model.state import LatentState
+from world_model.tokens import Scaling, Tokens
+from world_model.window import Layout
+
+
+class Starts(NamedTuple):
+    """Real windows that dreams begin from."""
+
+    obs: Tensor  # [S,T,O]
+    actions: Tensor  # [S,T,A], those that led to each observation
+
+
+class Guess(NamedTuple):
+    """What is known of a chunk before the memory is asked, in normalised units."""
+
+    mean: Tensor  # [...,K,O]
+    change: Tensor  # [...,K,O] since the chunk's start, in usual steps
+    spread: Tensor  # [...,K,O] log of its std over the usual error at that place in the chunk
+    scale: Tensor  # [...,K,O] one unit of the residual that the flow predicts
+
+
+class WorldModel(nn.Module):
+    """A world model behind the ``Dynamics`` verbs (Kairos, arXiv 2606.16533). It owns weights, never a state.
+
+    Denoising reads memory; only the clean chunk writes it. So memory stays constant and noise can't pollute it.
+    """
+
+    error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
+
+    def __init__(self, config: WorldModelConfig, spec: Spec):
+        super().__init__()
+        for name, have, want in (
+            ("obs_dim", config.obs_dim, spec.observation_space.shape),
+            ("action_dim", config.action_dim, spec.action_space.shape),
+            ("chunk", config.chunk, (spec.chunk,)),
+        ):
+            if (have,) != want:
+                raise ValueError(f"config.{name}={have} doesn't fit the spec, which has {want}")
+        self.config, self.spec = config, spec
+        self.card: dict[str, Any] = {}
+        self.starts: Starts | None = None
+        self.scaling = Scaling(spec)
+        self.tokens = Tokens(config)
+        self.trunk = Trunk(config)
+        self.draft = Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks) if config.draft else None
+        self.outcome = Outcome(config.obs_dim, config.action_dim, config.draft_width)
+        self.outcome_memory = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
+        nn.init.zeros_(self.outcome_memory.weight)
+        nn.init.zeros_(self.outcome_memory.bias)
+        self.register_buffer("error", torch.ones(config.chunk, config.obs_dim))
+        self.register_buffer("terminates", torch.tensor(False))  # whether the data ever ended an episode
+
+    # -- the verbs -------------------------------------------------------------------------------------------------
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        """B fresh dreams -> LatentState. seeds: int64 [B], each dream's own noise seed (zeros where None)."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        like = self.error
+        seeds = torch.zeros(batch, dtype=torch.int64, device=like.device) if seeds is None else seeds.to(like.device, torch.int64)
+        if seeds.shape != (batch,):
+            raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)}")
+        own = {"seed": seeds, "age": torch.zeros_like(seeds), "obs": like.new_zeros(batch, self.config.obs_dim)}
+        return LatentState({**own, **self.trunk.empty(batch, like)})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        """Evidence in: obs [B,T,O] and the actions that led there [B,T,A] -> LatentState. See ``Dynamics.observe``."""
+        self._expect("obs", obs, state.batch, None, self.config.obs_dim)
+        if actions is None:
+            if obs.shape[1] != 1 or bool((state["age"] > 0).any()):
+                raise ValueError("observe needs the actions that led to each observation; only a dream's first frame has none")
+            actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
+        self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
+        obs, actions = obs.to(self.error), actions.to(self.error)
+        return self._write(state, obs, self.scaling.obs(obs), self.scaling.action(actions))
+
+    def imagine(
+        self, state: LatentState, actions: Tensor, *, decode: bool = True, sampled: bool = False, flow_steps: int = 1
+    ) -> tuple[LatentState, Imagined]:
+        """Play actions [B,K,A] -> (LatentState, Imagined). See ``Dynamics.imagine``.
+
+        sampled: False starts the flow from zero and gives the mean dream; True starts from each dream's own noise.
+        flow_steps: Euler steps (1 serves the mean dream as well as 8; a sampled dream wants 4 or more).
+        """
+        self._expect("actions", actions, state.batch, None, self.config.action_dim)
+        if not 1 <= actions.shape[1] <= self.config.chunk:
+            raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
+        if flow_steps < 1:
+            raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
+        if bool((state["age"] == 0).any()):
+            raise ValueError("imagine needs a dream that has seen something: call observe first")
+        act = self.scaling.action(actions.to(self.error))
+        start = self.scaling.obs(state["obs"])
+        k = act.shape[1]
+        guess = Guess(*(x[:, None] for x in self.guess(start, act)))
+        memory = self._memory(state)
+        hidden = start
+
+        def denoise(z: Tensor, s: Tensor) -> Tensor:
+            nonlocal hidden
+            residual, hidden, _ = self.refine(
+                Layout(0, (0,), k), z, s.reshape(1, 1, 1, 1), guess, act[:, None], memory=memory, age=state["age"]
+            )
+            return residual
+
+        z = torch.zeros_like(guess.mean)
+        if sampled:
+            step = state["age"][:, None] + torch.arange(k, device=act.device)
+            z = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim, dtype=z.dtype)[:, None]
+        z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
+        scaled = (guess.mean + guess.scale * z)[:, 0]
+        obs = self.scaling.raw_obs(scaled)
+        before = torch.cat([start[:, None], scaled[:, :-1]], 1)
+        outcome = self.judge(before, act, scaled, hidden[:, 0])
+        reward = outcome[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
+        terminated = (outcome[..., 1] > 0) & self.terminates
+        return self._write(state, obs, scaled, act), Imagined(obs if decode else None, reward, terminated)
+
+    # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
+
+    def guess(self, start: Tensor, actions: Tensor) -> Guess:
+        """What the draft says of chunks that start at [...,O] and play [...,K,A]; without a draft: that nothing moves."""
+        k = actions.shape[-2]
+        error = self.error[:k]
+        if self.draft is None:
+            mean = start[..., None, :].expand(*start.shape[:-1], k, -1)
+            return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), error.expand_as(mean))
+        mean, variance = self.draft.unroll(start.flatten(0, -2), actions.flatten(0, -3), self.scaling.step_std)
+        mean = mean.unflatten(0, start.shape[:-1])
+        std = variance.sqrt().unflatten(0, start.shape[:-1])
+        # The geometric middle between what the draft expects here and what it gets wrong on the whole.
+        return Guess(mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt())
+
+    def refine(
+        self,
+        layout: Layout,
+        z: Tensor,
+        s: Tensor,
+        guess: Guess,
+        actions: Tensor,
+        clean: tuple[Tensor, Tensor, Tensor] | None = None,
+        memory: Memory | None = None,
+        age: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """One pass over the layout's clean frames and C noisy chunks -> residual [B,C,K,O], features [B,C,K,P*D], memory.
+
+        z [B,C,K,O] at noise level s [B or 1,C or 1,1,1], actions [B,C,K,A]; clean: obs [B,T,O], actions [B,T,A] and
+        whether a frame is its dream's first [B,T].
+        """
+        world = self.tokens.noisy(z, s, guess.mean, guess.change, guess.spread).flatten(1, 2)
+        action = self.tokens.actions(actions.flatten(1, 2))
+        if clean is not None:
+            world = torch.cat([self.tokens.clean(clean[0]), world], 1)
+            action = torch.cat([self.tokens.actions(clean[1], clean[2]), action], 1)
+        world, _, after = self.trunk(world, action, layout, memory, age)
+        features = self.tokens.features(world[:, layout.clean :]).unflatten(1, z.shape[1:3])
+        return self.tokens.out(features), features, after
+
+    def judge(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
+        """Normalised reward and logit of termination of steps before -> after [...,O] -> [...,2]."""
+        outcome = self.outcome(before, actions, (after - before) / self.scaling.step_std, after)
+        return outcome if features is None else outcome + self.outcome_memory(features)
+
+    def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
+        """Clean frames onto the memory: the only place where it is written."""
+        frames = obs.shape[1]
+        first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
+        world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
+        _, _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
+        return LatentState({"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1], **memory})
+
+    @staticmethod
+    def _memory(state: LatentState) -> Memory:
+        return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs")}
+
+    def _expect(self, name: str, x: Tensor, batch: int, frames: int | None, size: int) -> None:
+        good = isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == batch and x.shape[2] == size and x.shape[1] > 0
+        if not good or (frames is not None and x.shape[1] != frames) or not x.is_floating_point():
+            got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a float tensor of shape ({batch}, {frames or 'T'}, {size}), got {got}")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A short digest of the weights: equal for equal weights, whatever made them."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors, starts.safetensors and card.json into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        obs, act = self.spec.observation_space, self.spec.action_space
+        spec = {"obs_dtype": str(obs.dtype), "action_dtype": str(act.dtype), "dt": self.spec.dt}
+        text = json.dumps({"world_model": asdict(self.config), "spec": spec}, indent=2)
+        write_atomically(folder / "config.json", text.encode())
+        save_atomically(folder / "model.safetensors", self.state_dict())
+        if self.starts is not None:
+            save_atomically(folder / "starts.safetensors", self.starts._asdict())
+        write_atomically(folder / "card.json", json.dumps(self.card, indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> WorldModel:
+        """Load a folder that ``save_pretrained`` wrote, or a repository of that form on the Hugging Face hub.
+
+        Nothing is unpickled. Raises FileNotFoundError where there is no such folder or a file is missing, ValueError where
+        one is damaged or doesn't fit the config.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"no model at {str(source)!r}: neither a folder here nor a hub repository that can be reached ({error})"
+                ) from error
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: it isn't a folder that save_pretrained wrote, or it is incomplete")
+        try:
+            about = json.loads((folder / "config.json").read_text())
+            config, facts = WorldModelConfig.from_dict(about["world_model"]), about["spec"]
+            weights = load_file(folder / "model.safetensors")
+            bounds = {name: weights[f"scaling.{name}"].numpy() for name in ("obs_low", "obs_high", "action_low", "action_high")}
+            obs = spaces.Box(bounds["obs_low"], bounds["obs_high"], dtype=np.dtype(facts["obs_dtype"]).type)
+            act = spaces.Box(bounds["action_low"], bounds["action_high"], dtype=np.dtype(facts["action_dtype"]).type)
+            model = cls(config, Spec(obs, act, config.chunk, facts["dt"]))
+            model.load_state_dict(weights)
+            if (folder / "starts.safetensors").is_file():
+                model.starts = Starts(**load_file(folder / "starts.safetensors"))
+            if (folder / "card.json").is_file():
+                model.card = json.loads((folder / "card.json").read_text())
+        except Exception as error:
+            raise ValueError(f"the model in {folder} is damaged or from another version: {error}") from error
+        return model.eval().requires_grad_(False)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or none: a kill in the middle leaves the file as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
+    os.replace(part, path)

@@ -1,0 +1,66 @@
+"""LatentState: the whole past of B dreams in a constant number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+
+class LatentState:
+    """Named tensors, each [B, ...], read-only by convention: every operation makes a new state.
+
+    The same class carries a model's memory and a simulator's (qpos, qvel, ...): nothing here knows what the
+    tensors mean, so a fork is an index and a snapshot is a copy.
+    """
+
+    __slots__ = ("tensors",)
+
+    tensors: Mapping[str, Tensor]
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        sizes = {name: tuple(t.shape[:1]) for name, t in tensors.items()}
+        if len(set(sizes.values())) != 1 or () in sizes.values():
+            raise ValueError(f"every tensor of a state needs the same leading batch dimension, got {sizes}")
+        object.__setattr__(self, "tensors", MappingProxyType(dict(tensors)))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a LatentState is immutable: make a new one with replace(...)")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def replace(self, **tensors: Tensor) -> LatentState:
+        """The same state with some tensors exchanged."""
+        return LatentState({**self.tensors, **tensors})
+
+    def select(self, rows: Tensor) -> LatentState:
+        """The dreams at ``rows``, int64 [R] -> LatentState of R dreams."""
+        return LatentState({name: t[rows] for name, t in self.tensors.items()})
+
+    def expand(self, n: int) -> LatentState:
+        """Each dream n times in a row -> LatentState of B*n dreams."""
+        return LatentState({name: t.repeat_interleave(n, dim=0) for name, t in self.tensors.items()})
+
+    def to_bytes(self) -> bytes:
+        """A self-contained safetensors blob; ``from_bytes`` gives the state back bit for bit."""
+        return save({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
+
+    @classmethod
+    def from_bytes(cls, blob: bytes, device: torch.device | str = "cpu") -> LatentState:
+        """Raises ValueError where ``blob`` is cut short or no state at all."""
+        try:
+            return cls({name: t.to(device) for name, t in load(blob).items()})
+        except Exception as error:
+            raise ValueError(f"these {len(blob)} bytes are not a whole saved state: {error}") from error
