@@ -15,10 +15,14 @@ from world_model.episodes import Episodes
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """What a dream got wrong: errors [E,h,O] of E trajectories, normalised by each dimension's std in ``std``'s data."""
+    """What a dream got wrong in E trajectories."""
 
-    obs_error: Tensor  # [E,h,O] dreamed less real, over the std
+    obs_error: Tensor  # [E,h,O] dreamed less real, over each dimension's std in the training data
     reward_error: Tensor  # [E,h] in the reward's units
+
+    def part(self, rows: slice) -> OpenLoop:
+        """Some of the trajectories."""
+        return OpenLoop(self.obs_error[rows], self.reward_error[rows])
 
     def nrmse(self, horizon: int) -> Tensor:
         """The RMS over dimensions at step ``horizon`` (1 is the first) of each trajectory -> [E]."""
@@ -35,23 +39,35 @@ class OpenLoop:
 
 @torch.inference_mode()
 def open_loop(
-    model: Dynamics, episodes: Episodes, std: Tensor, *, horizon: int = 64, context: int = 16, chunk: int = 1, trajectories: int = 64, **imagine: Any
+    model: Dynamics,
+    episodes: Episodes,
+    std: Tensor,
+    *,
+    horizon: int = 64,
+    context: int = 16,
+    chunk: int = 1,
+    trajectories: int = 64,
+    begin: int | None = None,
+    **imagine: Any,
 ) -> OpenLoop:
     """Show the model ``context`` real frames, then let it dream ``horizon`` steps with the actions really played.
 
-    One trajectory from each of the first ``trajectories`` episodes, from its middle. std [O]: the training data's.
+    One trajectory from each of the first ``trajectories`` episodes, from frame ``begin`` (None: from its middle).
+    std [O]: the training data's.
     Raises ValueError where there are too few episodes of at least context + horizon frames.
     """
-    begin = episodes.starts()
-    begin = begin[episodes.left[begin] >= context + horizon - 1][:trajectories]
-    if len(begin) < trajectories:
-        raise ValueError(f"only {len(begin)} episodes have {context + horizon} frames, {trajectories} are needed; collect more or longer ones")
-    begin = begin + (episodes.left[begin] - (context + horizon - 1)) // 2
-    obs, actions, reward, _, _ = episodes.windows(begin, context + horizon)
-    state = model.observe(model.initial(len(begin)), obs[:, :context], actions[:, :context])
+    first = episodes.starts()
+    first = first[episodes.left[first] >= context + horizon - 1 + (begin or 0)][:trajectories]
+    if len(first) < trajectories:
+        needed = f"{context + horizon + (begin or 0)} frames"
+        raise ValueError(f"{len(first)} episodes have {needed}, {trajectories} are needed: collect more or longer ones")
+    first = first + ((episodes.left[first] - (context + horizon - 1)) // 2 if begin is None else begin)
+    obs, actions, reward, _, _ = episodes.windows(first, context + horizon)
+    state = model.observe(model.initial(len(first)), obs[:, :context], actions[:, :context])
     dreamed, gained = [], []
     for t in range(context, context + horizon, chunk):
         state, imagined = model.imagine(state, actions[:, t : min(t + chunk, context + horizon)], **imagine)
+        assert imagined.obs is not None
         dreamed.append(imagined.obs)
         gained.append(imagined.reward)
     return OpenLoop((torch.cat(dreamed, 1) - obs[:, context:]) / std, torch.cat(gained, 1) - reward[:, context:])

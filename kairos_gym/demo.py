@@ -98,7 +98,8 @@ def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int
     )
     page.figure(
         draw_error(real, dreamed),
-        "Error by horizon, normalised by each dimension's standard deviation: 0 is perfect, 1 is no better than always saying the mean.",
+        "Error by horizon, normalised by each dimension's standard deviation: 0 is perfect, 1 is no better than "
+        "always saying the mean.",
     )
     page.figure(
         draw_dreams(real, dreamed, env_id), "Four of these episodes, dreamed (blue) and simulated (black, dashed)."

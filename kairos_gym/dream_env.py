@@ -172,8 +172,8 @@ class DreamEnv(gym.Env[NDArray[Any], NDArray[Any]]):
             raise  # they say themselves what this observation lacks
         except Exception as error:
             raise RuntimeError(
-                f"{self.real_id} can't draw on this machine ({error}): without a display set MUJOCO_GL=egl "
-                "(Debian: libegl1 libgl1-mesa-dri) before Python starts"
+                f"{self.real_id} can't draw on this machine ({error}): without a display, set MUJOCO_GL=egl for MuJoCo "
+                "tasks (Debian: libegl1 libgl1-mesa-dri) or SDL_VIDEODRIVER=dummy for Pendulum before Python starts"
             ) from error
 
     def close(self) -> None:

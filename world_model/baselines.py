@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,14 @@ class Ensemble(nn.Module):
         sizes = [self.size + spec.action_space.shape[0], *[width] * hidden, 2 * outs]
         self.scaling = Scaling(spec)
         self.weights = nn.ParameterList(
-            torch.randn(members, before, after) / math.sqrt(before) for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+            torch.randn(members, before, after) / math.sqrt(before) for before, after in pairwise(sizes)
         )
         self.biases = nn.ParameterList(torch.zeros(members, 1, after) for after in sizes[1:])
         self.max_log_var = nn.Parameter(torch.full((outs,), 0.5))
         self.min_log_var = nn.Parameter(torch.full((outs,), -10.0))
 
     def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [M,B,O] normalised, action [M,B,A] in [-1,1] -> mean and log-variance [M,B,O+1] of change / step_std, reward."""
+        """obs [M,B,O] normalised, action [M,B,A] in [-1,1] -> mean, log-variance [M,B,O+1] of what comes next."""
         x = torch.cat([obs, action], -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
@@ -63,14 +64,18 @@ class Ensemble(nn.Module):
             dreamed.append(self.scaling.raw_obs(obs))
             gained.append(mean[:, -1] * self.scaling.reward_std + self.scaling.reward_mean)
         reward = torch.stack(gained, 1)
-        imagined = Imagined(torch.stack(dreamed, 1) if decode else None, reward, torch.zeros_like(reward, dtype=torch.bool))
+        imagined = Imagined(
+            torch.stack(dreamed, 1) if decode else None, reward, torch.zeros_like(reward, dtype=torch.bool)
+        )
         return LatentState({"obs": dreamed[-1]}), imagined
 
 
-def fit_ensemble(model: Ensemble, episodes: Episodes, *, cpu_seconds: float, seed: int = 0, batch: int = 256, lr: float = 1e-3) -> int:
+def fit_ensemble(
+    model: Ensemble, episodes: Episodes, *, cpu_seconds: float, seed: int = 0, batch: int = 256, lr: float = 1e-3
+) -> int:
     """Train for a budget of CPU time, each member on its own draw of the data -> updates made.
 
-    Unlike ``fit`` this goes by the clock: a baseline is there to get the same time as the model that it is compared with.
+    Unlike ``fit`` this goes by the clock: a baseline gets the same time as the model that it is compared with.
     """
     torch.manual_seed(seed)
     model.scaling.measure(episodes)

@@ -47,8 +47,8 @@ def delta_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The same outputs, final state and gradients by matrix products over ``chunk`` keys at a time.
 
-    With u_t = beta_t (v_t - alpha_t S_{t-1} k_t) the memory is S_t = alpha_t S_{t-1} + u_t k_t^T, and inside a chunk the
-    u solve a unit lower triangular system. The solve is exact substitution: doubling a Neumann series overflows when
+    With u_t = beta_t (v_t - alpha_t S_{t-1} k_t) the memory is S_t = alpha_t S_{t-1} + u_t k_t^T, and in a chunk the u
+    solve a unit lower triangular system. The solve is exact substitution: doubling a Neumann series overflows when
     keys are correlated. Decays enter only as exp of differences that are <= 0, so nothing overflows.
     """
     total = k.shape[2]

@@ -1,4 +1,4 @@
-"""The Markov draft: a one-step guess with its variance, which the transformer refines; and the reward that goes with a step."""
+"""The Markov draft, a one-step guess with its variance which the transformer refines, and what a step yields."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Draft(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean [...,O], log-variance [...,O] of change / step_std."""
+        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean, log-variance [...,O] of change / step_std."""
         mean, log_var = self.leave(self.blocks(self.enter(torch.cat([obs, action], -1)))).chunk(2, -1)
         return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
 
@@ -62,7 +62,11 @@ class Outcome(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, width: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(3 * obs_dim + action_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+            nn.Linear(3 * obs_dim + action_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
         )
 
     def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:

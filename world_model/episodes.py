@@ -40,29 +40,54 @@ class Episodes:
             named = dict(zip(("observations", "actions", "rewards", "terminated"), episode, strict=True))
             for name, values in named.items():
                 if values is None or np.ndim(values) == 0:
-                    raise ValueError(f"episode {number} has no {name}; a world model needs observations, actions, rewards and terminations")
+                    raise ValueError(f"episode {number} has no {name}, which a world model needs; record them too")
             obs, action, reward, ended = (np.asarray(x) for x in episode)
             steps = len(action)
-            if len(obs) != steps + 1 or len(reward) != steps or len(ended) != steps or obs.ndim != 2 or action.ndim != 2:
+            if (
+                len(obs) != steps + 1
+                or len(reward) != steps
+                or len(ended) != steps
+                or obs.ndim != 2
+                or action.ndim != 2
+            ):
                 raise ValueError(
                     f"episode {number}: expected observations [T+1,O], actions [T,A], rewards [T], terminated [T], "
                     f"got {obs.shape}, {action.shape}, {reward.shape}, {ended.shape}"
                 )
             for name, values in named.items():
                 if not np.isfinite(values).all():
-                    raise ValueError(f"episode {number} has {name} that are not finite; drop or repair it before training")
+                    raise ValueError(
+                        f"episode {number} has {name} that are not finite; drop or repair it before training"
+                    )
             pad = np.zeros((1, action.shape[1]), action.dtype)
-            parts.append((obs, np.concatenate([pad, action]), np.r_[0.0, reward], np.r_[False, ended], np.arange(steps + 1), np.arange(steps, -1, -1)))
+            parts.append(
+                (
+                    obs,
+                    np.concatenate([pad, action]),
+                    np.r_[0.0, reward],
+                    np.r_[False, ended],
+                    np.arange(steps + 1),
+                    np.arange(steps, -1, -1),
+                )
+            )
         if not parts:
             raise ValueError("no episodes: collect some first (kairos collect)")
-        obs, action, reward, ended, index, left = (torch.as_tensor(np.concatenate(column)) for column in zip(*parts, strict=True))
-        return cls(obs.float(), action.float(), reward.float(), ended.bool(), index, left)
+        columns = [torch.as_tensor(np.concatenate(column)) for column in zip(*parts, strict=True)]
+        return cls(
+            columns[0].float(), columns[1].float(), columns[2].float(), columns[3].bool(), columns[4], columns[5]
+        )
 
     @classmethod
     def from_minari(cls, dataset: Any, first: int = 0, last: int | None = None) -> Episodes:
         """Episodes first..last-1 of a ``minari.MinariDataset``."""
         ids = list(range(dataset.total_episodes))[first:last]
         return cls.stack((e.observations, e.actions, e.rewards, e.terminations) for e in dataset.iterate_episodes(ids))
+
+    def cut(self, steps: int) -> Episodes:
+        """Only the first ``steps`` steps of every episode."""
+        keep = self.index <= steps
+        left = torch.minimum(self.left, steps - self.index)
+        return Episodes(*(x[keep] for x in (self.obs, self.action, self.reward, self.terminated, self.index, left)))
 
     def starts(self) -> Tensor:
         """The frames that episodes begin at, int64."""
@@ -88,6 +113,8 @@ def spec_of(env: gym.Env, chunk: int) -> Spec:
     obs, act = env.observation_space, env.action_space
     for name, space in (("observation", obs), ("action", act)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"the {name} space must be a Box of one dimension, got {space}; flatten it with a gymnasium wrapper")
+            raise ValueError(
+                f"the {name} space must be a Box of one dimension, got {space}; flatten it with a gymnasium wrapper"
+            )
     assert isinstance(obs, gym.spaces.Box) and isinstance(act, gym.spaces.Box)
     return Spec(obs, act, chunk, float(getattr(env.unwrapped, "dt", 1.0)))

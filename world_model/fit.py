@@ -44,13 +44,19 @@ class FitConfig:
 
 
 def fit(
-    config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitConfig = FitConfig(), *, out: str | Path, progress: bool = True
+    config: WorldModelConfig,
+    spec: Spec,
+    episodes: Episodes,
+    train: FitConfig = FitConfig(),
+    *,
+    out: str | Path,
+    progress: bool = True,
 ) -> WorldModel:
     """Train on ``episodes`` -> the trained WorldModel, also saved in the folder ``out``.
 
-    Everything drawn at random is a function of (seed, step), so the same call gives the same weights on the same machine,
-    also when it was killed in between: called again with the same arguments it goes on from the last checkpoint in
-    ``out`` (at most ``save_every`` updates are lost). Raises ValueError where ``out`` holds a checkpoint of another recipe.
+    Everything drawn at random is a function of (seed, step), so the same call gives the same weights on the same
+    machine, also when it was killed in between: called again as before it goes on from the last checkpoint in
+    ``out`` (at most ``save_every`` updates are lost). Raises ValueError where ``out`` holds another recipe's.
     """
     _check(config, episodes, train)
     out = Path(out)
@@ -58,7 +64,7 @@ def fit(
     torch.manual_seed(train.seed)
     model = WorldModel(config, spec)
     model.scaling.measure(episodes)
-    model.terminates.fill_(bool(episodes.terminated.any()))
+    model.terminates.copy_(torch.tensor(bool(episodes.terminated.any())))
     run = Run(model, episodes, train, out)
     started, cpu = run.resume(), time.process_time()
     total = train.draft_steps + train.steps
@@ -84,7 +90,11 @@ def fit(
     first = episodes.starts()
     model.starts = Starts(episodes.obs[first][:256, None], episodes.action[first][:256, None])
     model.card = {
-        "fit": {"train": asdict(train), "frames_of_data": len(episodes.obs), "cpu_seconds": round(run.cpu_seconds + time.process_time() - cpu, 1)},
+        "fit": {
+            "train": asdict(train),
+            "frames_of_data": len(episodes.obs),
+            "cpu_seconds": round(run.cpu_seconds + time.process_time() - cpu, 1),
+        },
     }
     model.eval().requires_grad_(False)
     model.save_pretrained(out)
@@ -112,7 +122,8 @@ class Run:
         self.cpu_seconds = 0.0
         first = {"draft", "outcome"}
         self.groups = [
-            {name: p for name, p in model.named_parameters() if (name.split(".")[0] in first) == early} for early in (True, False)
+            {name: p for name, p in model.named_parameters() if (name.split(".")[0] in first) == early}
+            for early in (True, False)
         ]
         self.averages = [{name: p.detach().clone() for name, p in group.items()} for group in self.groups]
         self.optimisers = [
@@ -140,7 +151,9 @@ class Run:
         total.backward()
         torch.nn.utils.clip_grad_norm_(group.values(), 1.0, foreach=True)
         warm = min(1.0, (done + 1) / min(100, length))
-        optimiser.param_groups[0]["lr"] = (train.draft_lr if early else train.lr) * warm * (0.5 + 0.5 * math.cos(math.pi * done / length))
+        optimiser.param_groups[0]["lr"] = (
+            (train.draft_lr if early else train.lr) * warm * (0.5 + 0.5 * math.cos(math.pi * done / length))
+        )
         optimiser.step()
         decay = min(train.draft_ema if early else train.ema, (done + 1) / (done + 10))
         with torch.no_grad():
@@ -149,7 +162,9 @@ class Run:
 
     def _draft_losses(self) -> dict[str, Tensor]:
         model, data = self.model, self.episodes
-        rows = self.transitions[torch.randint(len(self.transitions), (self.train.draft_batch,), generator=self.generator)]
+        rows = self.transitions[
+            torch.randint(len(self.transitions), (self.train.draft_batch,), generator=self.generator)
+        ]
         before, after = model.scaling.obs(data.obs[rows - 1]), model.scaling.obs(data.obs[rows])
         action = model.scaling.action(data.action[rows])
         outcome = model.judge(before, action, after, None)
@@ -167,14 +182,17 @@ class Run:
         layout = Layout(train.frames + 1, tuple(range(1, train.frames + 1, chunk)), chunk)
         # From here on the frames after the first are grouped in chunks: [B,C,K,...]
         target, before, play, gain, end, weight = (
-            x.unflatten(1, (-1, chunk)) for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
+            x.unflatten(1, (-1, chunk))
+            for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
         )
         with torch.no_grad():
             guess = model.guess(before[:, :, 0], play)
             clean = (target - guess.mean) / guess.scale
             # Half of the chunks practise the mean dream: all noise, but from zero, the noise's mean.
             mean = torch.rand(*clean.shape[:2], 1, 1, generator=g) < 0.5
-            s = shift(torch.rand(mean.shape, generator=g), shift_factor(chunk, model.config.tokens)).masked_fill(mean, 1.0)
+            s = shift(torch.rand(mean.shape, generator=g), shift_factor(chunk, model.config.tokens)).masked_fill(
+                mean, 1.0
+            )
             eps = torch.randn(clean.shape, generator=g).masked_fill(mean, 0.0)
             z = corrupt(clean, eps, s)
         first = torch.zeros(obs.shape[:2], dtype=torch.bool)
@@ -222,7 +240,11 @@ class Run:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _recipe(self) -> str:
-        recipe = {"model": asdict(self.model.config), "train": asdict(self.train), "frames_of_data": len(self.episodes.obs)}
+        recipe = {
+            "model": asdict(self.model.config),
+            "train": asdict(self.train),
+            "frames_of_data": len(self.episodes.obs),
+        }
         return json.dumps(recipe, sort_keys=True)
 
     def save(self, step: int, cpu_seconds: float) -> None:
@@ -241,10 +263,12 @@ class Run:
         if not path.exists():
             return 0
         with safe_open(path, "pt") as file:
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         was = bytes(tensors["recipe"].numpy()).decode()
         if was != self._recipe():
-            raise ValueError(f"{path} belongs to another run ({was}); choose another folder, or delete it to start afresh")
+            raise ValueError(
+                f"{path} belongs to another run ({was}); choose another folder, or delete it to start afresh"
+            )
         self.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model/")})
         for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
             for name, p in group.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def corrupt(clean: Tensor, eps: Tensor, s: Tensor) -> Tensor:
 
 
 def velocity_loss(predicted: Tensor, clean: Tensor, s: Tensor) -> Tensor:
-    """Squared velocity error of an x-prediction, elementwise: |v(predicted) - (eps - clean)|^2 = |predicted - clean|^2 / s^2."""
+    """The squared velocity error of an x-prediction, elementwise: (v - (eps - z_0))^2 = (predicted - clean)^2 / s^2."""
     return (predicted - clean).square() / s.clamp_min(MIN_S).square()
 
 
@@ -41,6 +42,6 @@ def euler(denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, steps: int, c:
     denoise(z, s) -> predicted z_0, with s a scalar tensor. From zero one step gives the mean prediction.
     """
     grid = shift(torch.linspace(1, 0, steps + 1, device=z.device, dtype=z.dtype), c)
-    for s, after in zip(grid[:-1], grid[1:], strict=True):
+    for s, after in pairwise(grid):
         z = z + (after - s) * (z - denoise(z, s)) / s
     return z

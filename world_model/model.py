@@ -50,6 +50,7 @@ class WorldModel(nn.Module):
     """
 
     error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
+    terminates: Tensor  # bool [], whether the data ever ended an episode
 
     def __init__(self, config: WorldModelConfig, spec: Spec):
         super().__init__()
@@ -66,13 +67,15 @@ class WorldModel(nn.Module):
         self.scaling = Scaling(spec)
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
-        self.draft = Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks) if config.draft else None
+        self.draft = (
+            Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks) if config.draft else None
+        )
         self.outcome = Outcome(config.obs_dim, config.action_dim, config.draft_width)
         self.outcome_memory = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
         nn.init.zeros_(self.outcome_memory.weight)
         nn.init.zeros_(self.outcome_memory.bias)
         self.register_buffer("error", torch.ones(config.chunk, config.obs_dim))
-        self.register_buffer("terminates", torch.tensor(False))  # whether the data ever ended an episode
+        self.register_buffer("terminates", torch.tensor(False))
 
     # -- the verbs -------------------------------------------------------------------------------------------------
 
@@ -81,7 +84,11 @@ class WorldModel(nn.Module):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         like = self.error
-        seeds = torch.zeros(batch, dtype=torch.int64, device=like.device) if seeds is None else seeds.to(like.device, torch.int64)
+        seeds = (
+            torch.zeros(batch, dtype=torch.int64, device=like.device)
+            if seeds is None
+            else seeds.to(like.device, torch.int64)
+        )
         if seeds.shape != (batch,):
             raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)}")
         own = {"seed": seeds, "age": torch.zeros_like(seeds), "obs": like.new_zeros(batch, self.config.obs_dim)}
@@ -92,7 +99,9 @@ class WorldModel(nn.Module):
         self._expect("obs", obs, state.batch, None, self.config.obs_dim)
         if actions is None:
             if obs.shape[1] != 1 or bool((state["age"] > 0).any()):
-                raise ValueError("observe needs the actions that led to each observation; only a dream's first frame has none")
+                raise ValueError(
+                    "observe needs the actions that led to each observation; only a dream's first frame has none"
+                )
             actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
         self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
         obs, actions = obs.to(self.error), actions.to(self.error)
@@ -143,7 +152,7 @@ class WorldModel(nn.Module):
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 
     def guess(self, start: Tensor, actions: Tensor) -> Guess:
-        """What the draft says of chunks that start at [...,O] and play [...,K,A]; without a draft: that nothing moves."""
+        """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves."""
         k = actions.shape[-2]
         error = self.error[:k]
         if self.draft is None:
@@ -153,7 +162,9 @@ class WorldModel(nn.Module):
         mean = mean.unflatten(0, start.shape[:-1])
         std = variance.sqrt().unflatten(0, start.shape[:-1])
         # The geometric middle between what the draft expects here and what it gets wrong on the whole.
-        return Guess(mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt())
+        return Guess(
+            mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()
+        )
 
     def refine(
         self,
@@ -166,7 +177,7 @@ class WorldModel(nn.Module):
         memory: Memory | None = None,
         age: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Memory]:
-        """One pass over the layout's clean frames and C noisy chunks -> residual [B,C,K,O], features [B,C,K,P*D], memory.
+        """One pass over clean frames and C noisy chunks -> residual [B,C,K,O], features [B,C,K,P*D], memory after.
 
         z [B,C,K,O] at noise level s [B or 1,C or 1,1,1], actions [B,C,K,A]; clean: obs [B,T,O], actions [B,T,A] and
         whether a frame is its dream's first [B,T].
@@ -176,8 +187,8 @@ class WorldModel(nn.Module):
         if clean is not None:
             world = torch.cat([self.tokens.clean(clean[0]), world], 1)
             action = torch.cat([self.tokens.actions(clean[1], clean[2]), action], 1)
-        world, _, after = self.trunk(world, action, layout, memory, age)
-        features = self.tokens.features(world[:, layout.clean :]).unflatten(1, z.shape[1:3])
+        world, after = self.trunk(world, action, layout, memory, age)
+        features = self.tokens.features(world).unflatten(1, z.shape[1:3])
         return self.tokens.out(features), features, after
 
     def judge(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
@@ -190,7 +201,7 @@ class WorldModel(nn.Module):
         frames = obs.shape[1]
         first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
         world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
-        _, _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
+        _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
         return LatentState({"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1], **memory})
 
     @staticmethod
@@ -229,8 +240,8 @@ class WorldModel(nn.Module):
     def from_pretrained(cls, source: str | Path) -> WorldModel:
         """Load a folder that ``save_pretrained`` wrote, or a repository of that form on the Hugging Face hub.
 
-        Nothing is unpickled. Raises FileNotFoundError where there is no such folder or a file is missing, ValueError where
-        one is damaged or doesn't fit the config.
+        Nothing is unpickled. Raises FileNotFoundError where there is no such folder or a file is missing, ValueError
+        where one is damaged or doesn't fit the config.
         """
         folder = Path(source)
         if not folder.is_dir():
@@ -238,16 +249,21 @@ class WorldModel(nn.Module):
                 folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
             except Exception as error:
                 raise FileNotFoundError(
-                    f"no model at {str(source)!r}: neither a folder here nor a hub repository that can be reached ({error})"
+                    f"no model at {str(source)!r}: neither a folder nor a hub repository that can be reached ({error})"
                 ) from error
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: it isn't a folder that save_pretrained wrote, or it is incomplete")
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}: it isn't a folder that save_pretrained wrote, or it is incomplete"
+                )
         try:
             about = json.loads((folder / "config.json").read_text())
             config, facts = WorldModelConfig.from_dict(about["world_model"]), about["spec"]
             weights = load_file(folder / "model.safetensors")
-            bounds = {name: weights[f"scaling.{name}"].numpy() for name in ("obs_low", "obs_high", "action_low", "action_high")}
+            bounds = {
+                name: weights[f"scaling.{name}"].numpy()
+                for name in ("obs_low", "obs_high", "action_low", "action_high")
+            }
             obs = spaces.Box(bounds["obs_low"], bounds["obs_high"], dtype=np.dtype(facts["obs_dtype"]).type)
             act = spaces.Box(bounds["action_low"], bounds["action_high"], dtype=np.dtype(facts["action_dtype"]).type)
             model = cls(config, Spec(obs, act, config.chunk, facts["dt"]))

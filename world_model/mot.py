@@ -8,6 +8,8 @@ what is streamed is what was trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,23 +42,35 @@ class Stream(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the temporal mixing that its letter names, beside a feed-forward (in parallel, one residual)."""
+    """One layer: the temporal mixing that its letter names, beside a feed-forward (in parallel, one residual).
 
-    def __init__(self, letter: str, config: WorldModelConfig):
+    After the last layer only noisy world tokens are read, so there the others stop at what they write into the memory.
+    """
+
+    def __init__(self, letter: str, config: WorldModelConfig, last: bool):
         super().__init__()
+        self.last = last
         self.letter, self.heads, self.dim = letter, config.heads, config.head_dim
         self.group = config.tokens + 1  # tokens a frame: the world's, then the action's
         inner = self.heads * self.dim
         gates = 2 * self.heads if letter == "G" else 0
         self.world = Stream(config.width, inner, gates, config.expand)
-        self.action = Stream(config.action_width, inner, gates, config.expand)
+        self.action = Stream(config.action_width, inner, gates, 0 if last else config.expand)
+        if last:
+            del self.action.leave
         if letter == "G":
             # Memories of about 2 to 200 tokens to begin with, spread over the heads (as in Mamba-2).
             self.log_rate = nn.Parameter(torch.linspace(-0.7, -5.0, self.heads))
         else:
-            self.stride, self.past = (1, config.window) if letter == "S" else (config.dilation, config.dilation * config.taps)
+            self.stride, self.past = (
+                (1, config.window) if letter == "S" else (config.dilation, config.dilation * config.taps)
+            )
             self.ahead = config.chunk - 1  # inside a chunk a frame sees up to this many frames ahead
             self.offsets = nn.Parameter(torch.zeros(self.heads, self.past + config.chunk))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("S",) if self.letter == "G" else ("k", "v")
 
     def empty(self, batch: int, like: Tensor) -> Memory:
         """The memory of a dream that has seen nothing."""
@@ -68,8 +82,9 @@ class Block(nn.Module):
     def forward(
         self, world: Tensor, action: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None
     ) -> tuple[Tensor, Tensor, Memory]:
-        """world [B,F,P,D] and action [B,F,1,Da] of the layout's frames -> the same, and the memory after the clean frames.
+        """world [B,F,P,D], action [B,F,1,Da] of the layout's frames -> the same, and the memory after the clean frames.
 
+        The last layer gives the world tokens of the noisy frames alone.
         memory: None stands for an empty one. age: int64 [B], frames that each row's memory has seen (None: 0).
         """
         qkv_w, gate_w, hidden_w = self.world.split(world)
@@ -81,42 +96,68 @@ class Block(nn.Module):
             mixed, new = self._delta(q, k, v, gates, layout, memory)
         else:
             mixed, new = self._window(q, k, v, layout, memory, age)
-        mixed = mixed.transpose(1, 2).flatten(-2).unflatten(1, (layout.frames, self.group))
+        mixed = mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group))
         split = self.group - 1
-        return self.world.join(world, mixed[:, :, :split], hidden_w), self.action.join(action, mixed[:, :, split:], hidden_a), new
+        if self.last:
+            return (
+                self.world.join(world[:, layout.clean :], mixed[:, :, :split], hidden_w[:, layout.clean :]),
+                action,
+                new,
+            )
+        return (
+            self.world.join(world, mixed[:, :, :split], hidden_w),
+            self.action.join(action, mixed[:, :, split:], hidden_a),
+            new,
+        )
 
-    def _delta(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, Memory]:
+    def _delta(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, layout: Layout, memory: Memory | None
+    ) -> tuple[Tensor, Memory]:
         state = (memory or self.empty(q.shape[0], q))["S"]
         q, k = F.normalize(torch.stack([q, k]), dim=-1)
         cut = layout.clean * self.group
         rate, beta = gates[:, :cut].unflatten(-1, (2, self.heads)).permute(2, 0, 3, 1)  # each [B,H,N]
         log_alpha = -self.log_rate.exp()[:, None] * F.softplus(rate)
-        at = [*range(1, cut + 1), *(start * self.group for start in layout.starts for _ in range(layout.chunk * self.group))]
-        out, state = delta_chunked(q, k[:, :, :cut], v[:, :, :cut], log_alpha, torch.sigmoid(beta), state, at)
+        skip = cut if self.last else 0  # queries nobody asks for
+        at = [
+            *range(1 + skip, cut + 1),
+            *(start * self.group for start in layout.starts for _ in range(layout.chunk * self.group)),
+        ]
+        keys, values = k[:, :, :cut], v[:, :, :cut]
+        out, state = delta_chunked(q[:, :, skip:], keys, values, log_alpha, torch.sigmoid(beta), state, at)
         out = F.layer_norm(out * self.dim**0.5, (self.dim,), eps=1e-2)
         if layout.noisy:
             # The frames of a chunk see each other by plain attention; what lies before them only by the memory.
             count = len(layout.starts)
-            chunks = [x[:, :, cut:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for x in (q * self.dim, k, v)]
-            own = attend(*chunks, q.new_zeros(1, 1, 1)).unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
-            out = torch.cat([out[:, :, :cut], out[:, :, cut:] + own], 2)
+            qc, kc, vc = (
+                x[:, :, cut:].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for x in (q * self.dim, k, v)
+            )
+            own = attend(qc, kc, vc, q.new_zeros(1, 1, 1)).unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
+            before = cut - skip
+            out = torch.cat([out[:, :, :before], out[:, :, before:] + own], 2)
         return out, {"S": state}
 
-    def _window(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None) -> tuple[Tensor, Memory]:
+    def _window(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None
+    ) -> tuple[Tensor, Memory]:
         past = 0 if memory is None else self.past
         select, mask = (x.to(q) for x in visible(layout, past, self.stride, self.past, self.group, self.ahead))
-        bias = (self.offsets @ select).unflatten(-1, mask.shape) + mask
+        cut, size = layout.clean * self.group, self.past * self.group
+        skip = cut if self.last else 0  # queries nobody asks for
+        bias = ((self.offsets @ select).unflatten(-1, mask.shape) + mask)[:, skip:]
         if memory is not None:
             assert age is not None
             alive = torch.arange(past, 0, -1, device=q.device) <= age[:, None]  # [B,past]: slots already written
             alive = F.pad(alive.repeat_interleave(self.group, -1), (0, layout.frames * self.group), value=True)
             bias = bias + torch.where(alive, 0.0, -torch.inf).to(q)[:, None, None]
-        out = attend(q, k, v, bias, None if memory is None else (memory["k"], memory["v"]))
-        cut, size = layout.clean * self.group, self.past * self.group
+        out = attend(q[:, :, skip:], k, v, bias, None if memory is None else (memory["k"], memory["v"]))
         if memory is None:  # a first pass may hold fewer frames than the buffer: its empty slots come first
             new = {name: F.pad(x[:, :, :cut], (0, 0, size, 0))[:, :, -size:] for name, x in (("k", k), ("v", v))}
         else:
-            new = {name: torch.cat([memory[name], x[:, :, :cut]], 2)[:, :, -size:] if cut else memory[name] for name, x in (("k", k), ("v", v))}
+            new = {
+                name: torch.cat([memory[name], x[:, :, :cut]], 2)[:, :, -size:] if cut else memory[name]
+                for name, x in (("k", k), ("v", v))
+            }
         return out, new
 
 
@@ -125,7 +166,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(letter, config) for letter in config.pattern)
+        self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(letter, config, last=i + 1 == len(config.pattern)) for i, letter in enumerate(config.pattern)
+        )
 
     def empty(self, batch: int, like: Tensor) -> Memory:
         """The memories of all layers, named ``"<layer>.<tensor>"``, for B dreams that have seen nothing."""
@@ -133,11 +176,11 @@ class Trunk(nn.Module):
 
     def forward(
         self, world: Tensor, action: Tensor, layout: Layout, memory: Memory | None = None, age: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Memory]:
-        """world [B,F,P,D], action [B,F,1,Da] -> the same after all layers, and the memories after the clean frames."""
+    ) -> tuple[Tensor, Memory]:
+        """world [B,F,P,D], action [B,F,1,Da] -> the noisy world tokens [B,C*K,P,D], memories after the clean frames."""
         after: Memory = {}
         for i, block in enumerate(self.blocks):
-            own = None if memory is None else {name[len(str(i)) + 1 :]: t for name, t in memory.items() if name.startswith(f"{i}.")}
+            own = None if memory is None else {name: memory[f"{i}.{name}"] for name in block.names}
             world, action, new = block(world, action, layout, own, age)
             after |= {f"{i}.{name}": t for name, t in new.items()}
-        return world, action, after
+        return world, after

@@ -30,6 +30,9 @@ class LatentState:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a LatentState is immutable: make a new one with replace(...)")
 
+    def __reduce__(self) -> tuple[type[LatentState], tuple[dict[str, Tensor]]]:
+        return LatentState, (dict(self.tensors),)  # a mapping proxy can neither be copied nor pickled
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 

@@ -27,8 +27,15 @@ class Scaling(nn.Module):
         super().__init__()
         obs, act = spec.observation_space, spec.action_space
         if not (torch.isfinite(torch.as_tensor(act.low)).all() and torch.isfinite(torch.as_tensor(act.high)).all()):
-            raise ValueError(f"actions need finite bounds to be scaled, got {act}; wrap the env in RescaleAction or ClipAction first")
-        for name, bound in (("obs_low", obs.low), ("obs_high", obs.high), ("action_low", act.low), ("action_high", act.high)):
+            raise ValueError(
+                f"actions need finite bounds to be scaled, got {act}; wrap the env in RescaleAction or ClipAction first"
+            )
+        for name, bound in (
+            ("obs_low", obs.low),
+            ("obs_high", obs.high),
+            ("action_low", act.low),
+            ("action_high", act.high),
+        ):
             self.register_buffer(name, torch.as_tensor(bound, dtype=torch.float32).clone())
         self.register_buffer("obs_mean", torch.zeros(obs.shape))
         self.register_buffer("obs_std", torch.ones(obs.shape))
@@ -86,8 +93,8 @@ class Tokens(nn.Module):
     def noisy(self, z: Tensor, s: Tensor, draft: Tensor, change: Tensor, log_std: Tensor) -> Tensor:
         """The frames being denoised -> [B,C,K,P,D], for C chunks.
 
-        z [B,C,K,O] the scaled residual at noise level s [B or 1,C or 1,1,1]; and what is known without it, all [B,C,K,O]:
-        the draft, its change since the chunk's start, and its log std.
+        z [B,C,K,O] the scaled residual at noise level s [B or 1,C or 1,1,1]; and what is known without it, all
+        [B,C,K,O]: the draft, its change since the chunk's start, and its log std.
         """
         angle = s * self.frequencies
         level = self.level_in(torch.cat([angle.sin(), angle.cos()], -1))

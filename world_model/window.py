@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which frames one pass holds: first ``clean`` real frames, at times 0, 1, ...; then noisy chunks of ``chunk`` frames.
+    """The frames of one pass: first ``clean`` real ones, at times 0, 1, ...; then noisy chunks of ``chunk`` frames.
 
     The noisy chunk that starts at time ``starts[j]`` sees the memory as it stood before that time, and itself.
     """
@@ -42,8 +42,8 @@ def visible(layout: Layout, past: int, stride: int, reach: int, group: int, ahea
 
     The keys are those of ``past`` remembered frames, then the layout's own, ``group`` tokens a frame. A query sees the
     keys at offsets stride, 2*stride, ..., reach before it that its memory holds; a clean frame sees itself too, a noisy
-    one its whole chunk. mask is 0 where a query sees a key and -inf elsewhere; select is 1 in row ``offset + ahead``, so that
-    a table of one bias an offset, [H, reach+ahead+1] @ select, lies spread over the scores.
+    one its whole chunk. mask is 0 where a query sees a key, else -inf; select is 1 in row ``offset + ahead``, so that a
+    table of one bias an offset, [H, reach+ahead+1] @ select, lies spread over the scores.
     """
     noisy_times = [start + i for start in layout.starts for i in range(layout.chunk)]
     noisy_limits = [start for start in layout.starts for _ in range(layout.chunk)]

@@ -1,0 +1,144 @@
+"""The figures of the README, each by one command: open-loop errors, memory, and control, beside what they must beat."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kairos_gym.compare import open_loop
+from kairos_gym.models import load
+from kairos_gym.plan import plan
+from kairos_gym.recipes import RECIPES, Data, config, data, errors
+from planners import CEM
+from world_model.baselines import Ensemble, fit_ensemble
+from world_model.episodes import Episodes
+from world_model.fit import fit
+
+Form = Literal["kairos", "plain", "pets"]
+CPU_SECONDS = 100.0  # the budget of every training here, collection left out
+CONTROL = {
+    "pendulum": CEM(horizon=15, candidates=64, elites=8, iterations=3),
+    "reacher": CEM(horizon=10, candidates=64, elites=8, iterations=3),
+}
+WAIT = 24  # frames between the last sight of the hidden target and the first scored one
+
+
+def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> dict[str, Any]:
+    """Train one form of model on one task and measure its open-loop error on the test episodes.
+
+    "kairos" is the shipped recipe, "plain" the same transformer without the draft, "pets" the probabilistic ensemble.
+    """
+    have, recipe = data(task), RECIPES[task]
+    started = time.process_time()
+    if form == "pets":
+        model: Any = Ensemble(have.spec)
+        updates = fit_ensemble(model, have.train, cpu_seconds=CPU_SECONDS, seed=seed)
+    else:
+        train = replace(recipe.train, seed=seed)
+        if (
+            form == "plain"
+        ):  # without a draft its time goes to the transformer: seven of its updates cost one of the other
+            train = replace(train, draft_steps=500, steps=train.steps + (train.draft_steps - 500) // 8)
+        shape = config(recipe, have.spec, draft=form == "kairos")
+        model = fit(shape, have.spec, have.train, train, out=out / f"{task}-{form}-{seed}")
+        updates = train.draft_steps + train.steps
+    cpu = time.process_time() - started
+    row = {"task": task, "form": form, "seed": seed, "cpu_seconds": round(cpu, 1), "updates": updates}
+    return row | {"test": errors(model, have, have.test)}
+
+
+def memory(task: str, pattern: str, seed: int = 0, out: Path = Path("runs")) -> dict[str, Any]:
+    """Train on a task that needs memory: "pendulum" without velocity, or "reacher" with a target seen in 5 frames only.
+
+    Measures the open-loop error of the first, the error of the second's predicted reward (over the reward's std) after
+    the target has been out of sight for longer than all windows together reach.
+    """
+    have = _hidden(task)
+    spec, recipe = have.spec, RECIPES[task]
+    frames = 16 if task == "pendulum" else 48
+    train = replace(recipe.train, seed=seed, frames=frames, draft_steps=1000, steps=900 if task == "pendulum" else 300)
+    shape = config(recipe, spec, pattern=pattern, window=4, dilation=2, taps=2)
+    reach = sum({"S": 4, "D": 4, "G": 0}[letter] for letter in pattern)
+    started = time.process_time()
+    model = fit(shape, spec, have.train, train, out=out / f"hidden-{task}-{pattern}-{seed}")
+    row = {
+        "task": f"hidden {task}",
+        "pattern": pattern,
+        "seed": seed,
+        "cpu_seconds": round(time.process_time() - started, 1),
+    }
+    if task == "pendulum":
+        return row | {"test": open_loop(model, have.test, have.std).table()}
+    assert reach <= WAIT
+    result = open_loop(model, have.test, have.std, context=5 + WAIT, horizon=16, begin=0)
+    std = have.train.reward[have.train.index > 5 + WAIT].std()
+    return row | {"reward_error": (result.reward_error.square().mean().sqrt() / std).item()}
+
+
+def _hidden(task: str) -> Data:
+    """The task's data with what an observer would have to remember left out."""
+    from gymnasium import spaces
+
+    have = data(task)
+    box: Any = have.spec.observation_space
+
+    def hide(episodes: Episodes) -> Episodes:
+        if task == "pendulum":
+            return replace(episodes, obs=episodes.obs[:, :2])
+        obs = episodes.obs.clone()
+        obs[:, 8:] = 0.0  # the finger's distance from the target would give it away
+        obs[episodes.index >= 5, 4:6] = 0.0
+        # Only windows from an episode's beginning have ever seen the target.
+        return replace(episodes, obs=obs).cut(48)
+
+    kept = slice(0, 2) if task == "pendulum" else slice(None)
+    spec = replace(have.spec, observation_space=spaces.Box(box.low[kept], box.high[kept], dtype=box.dtype))
+    train = hide(have.train)
+    return replace(
+        have,
+        spec=spec,
+        train=train,
+        validation=hide(have.validation),
+        test=hide(have.test),
+        std=train.obs.std(0).clamp_min(1e-6),
+    )
+
+
+def control(task: str, dynamics: Literal["dream", "truth"], episodes: int = 20, seed: int = 1000) -> dict[str, Any]:
+    """The same CEM in the dream and on the true simulator -> mean return with its 95% interval, ms a decision."""
+    from envs import SimulatorDynamics
+
+    env = RECIPES[task].env
+    model: Any = load(task) if dynamics == "dream" else SimulatorDynamics(env)
+    played = plan(env, model, CONTROL[task], episodes=episodes, seed=seed)
+    returns = torch.as_tensor(played.returns)
+    return {
+        "task": task,
+        "dynamics": dynamics,
+        "episodes": episodes,
+        "mean": returns.mean().item(),
+        "median": returns.median().item(),
+        "interval": played.interval(),
+        "ms_per_decision": played.ms_per_decision,
+        "returns": returns.tolist(),
+    }
+
+
+def keep(row: dict[str, Any], path: Path = Path("reports/bench.jsonl")) -> None:
+    """Print a row and add it to the file that the tables are made from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=2))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    torch.set_num_threads(1)
+    keep(tyro.extras.subcommand_cli_from_dict({"models": models, "memory": memory, "control": control}))

@@ -1,0 +1,202 @@
+"""fit learns a linear system, what it saw long ago too, and a run that was killed gives the weights of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from toys import box_spec
+
+from world_model.config import WorldModelConfig
+from world_model.episodes import Episodes
+from world_model.fit import FitConfig, Run, fit
+from world_model.model import WorldModel
+
+SMALL = dict(chunk=2, width=16, action_width=8, heads=1, head_dim=8, window=4, draft_width=24, draft_blocks=1)
+
+
+def spring(episodes: int, steps: int = 40, *, seed: int, hide: bool = False) -> Episodes:
+    """A damped spring that is pushed: observed are its position and, unless hidden, its velocity; reward -|position|."""
+    rng = np.random.default_rng(seed)
+    data = []
+    for _ in range(episodes):
+        x, actions = rng.normal(size=2), rng.uniform(-1, 1, (steps, 1))
+        frames = [x]
+        for (u,) in actions:
+            x = np.array([[1, 0.2], [-0.2, 0.95]]) @ x + [0, 0.2 * u]
+            frames.append(x)
+        obs = np.array(frames)
+        data.append((obs[:, :1] if hide else obs, actions, -np.abs(obs[1:, 0]), np.zeros(steps, bool)))
+    return Episodes.stack(data)
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_learns_a_linear_system(tmp_path: Path, draft: bool) -> None:
+    config = WorldModelConfig(2, 1, pattern="SG", draft=draft, **SMALL)
+    train = FitConfig(draft_steps=250, steps=150, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.98, ema=0.98)
+    model = fit(config, box_spec(2, 1, chunk=2), spring(60, seed=0), train, out=tmp_path, progress=False)
+    test = spring(20, seed=1)
+    obs, act, reward, _, _ = test.windows(test.starts(), 25)
+    for k in (1, 2):
+        state = model.observe(model.initial(20), obs[:, :9], act[:, :9])
+        dreamt, gained = [], []
+        for t in range(9, 25, k):
+            state, imagined = model.imagine(state, act[:, t : t + k])
+            dreamt.append(imagined.obs)
+            gained.append(imagined.reward)
+        persistence = rms(obs[:, 8:9] - obs[:, 9:])
+        assert rms(torch.cat(dreamt, 1) - obs[:, 9:]) < persistence * (0.05 if draft else 0.5), f"16 steps at K={k}"
+        assert rms(torch.cat(gained, 1) - reward[:, 9:]) < 0.5 * rms(reward[:, 9:] - reward[:, 9:].mean())
+    loaded = WorldModel.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.starts is not None and loaded.starts.obs.shape == (60, 1, 2)
+    assert json.loads((tmp_path / "card.json").read_text())["fit"]["train"]["steps"] == 150
+    assert list((tmp_path / "logs").iterdir()) and not (tmp_path / "training.safetensors").exists()
+
+
+def test_learns_what_only_the_memory_knows(tmp_path: Path) -> None:
+    """With the velocity hidden no one-step model can do much better than persistence; two frames tell it."""
+    config = WorldModelConfig(1, 1, pattern="SG", **SMALL)
+    train = FitConfig(draft_steps=100, steps=250, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.95, ema=0.98)
+    model = fit(config, box_spec(1, 1, chunk=2), spring(60, seed=0, hide=True), train, out=tmp_path, progress=False)
+    test = spring(40, seed=1, hide=True)
+    obs, act, _, _, _ = test.windows(test.starts(), 12)
+    state = model.observe(model.initial(40), obs[:, :10], act[:, :10])
+    _, imagined = model.imagine(state, act[:, 10:])
+    persistence = rms(obs[:, 9:10] - obs[:, 10:])
+    guess = model.guess(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
+    assert rms(model.scaling.raw_obs(guess.mean) - obs[:, 10:]) > 0.7 * persistence
+    assert rms(imagined.obs - obs[:, 10:]) < 0.5 * persistence
+
+
+# -- resume --------------------------------------------------------------------------------------------------------------
+
+# Checkpoints after 5, 10, 15, 20 updates; the draft is frozen before the eleventh.
+TINY = WorldModelConfig(2, 1, pattern="SDG", dilation=2, taps=2, **SMALL)
+SHORT = FitConfig(draft_steps=10, steps=12, draft_batch=16, batch=4, frames=4, chunks=(1, 2), save_every=5)
+
+
+def train_short(out: Path, train: FitConfig = SHORT) -> WorldModel:
+    return fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=0), train, out=out, progress=False)
+
+
+def killed_at(out: Path, step: int) -> None:
+    """A process that trains into ``out`` and is gone, without a word, before update ``step``."""
+    code = f"""
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+torch.set_num_threads(1)
+from test_fit import Run, train_short
+update = Run.update
+Run.update = lambda run, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else update(run, step)
+train_short(Path({str(out)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def interrupted_at(out: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C before update ``step`` -> the updates that were made until then."""
+    made: list[int] = []
+    update = Run.update
+
+    def stops(run: Run, now: int) -> dict[str, Tensor]:
+        if now == step:
+            raise KeyboardInterrupt
+        made.append(now)
+        return update(run, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", stops)
+        if step < 0:
+            train_short(out)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train_short(out)
+    return made
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    out = tmp_path_factory.mktemp("unbroken")
+    train_short(out)
+    return load_file(out / "model.safetensors")
+
+
+def test_a_broken_run_ends_at_the_same_weights(
+    tmp_path: Path, unbroken: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_at(tmp_path, 8)  # while the draft trains
+    with pytest.raises(FileNotFoundError, match="incomplete"):
+        WorldModel.from_pretrained(tmp_path)
+    assert interrupted_at(tmp_path, 12, monkeypatch) == list(range(5, 12))
+    assert str(tmp_path) in capsys.readouterr().out
+    assert interrupted_at(tmp_path, 18, monkeypatch) == list(range(10, 18))  # from the last moment before the freeze
+    assert interrupted_at(tmp_path, -1, monkeypatch) == list(range(15, 22))  # from amid the second phase, to the end
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(t, unbroken[name]) for name, t in resumed.items())
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path: Path, unbroken: dict[str, Tensor]) -> None:
+    torch.manual_seed(123)  # the caller's generator is none of fit's business
+    again = train_short(tmp_path / "same").state_dict()
+    assert all(torch.equal(t, unbroken[name]) for name, t in again.items())
+    other = train_short(tmp_path / "other", replace(SHORT, seed=1)).state_dict()
+    assert not torch.equal(other["tokens.out.weight"], unbroken["tokens.out.weight"])
+
+
+def test_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_at(tmp_path, 7, monkeypatch)
+    with pytest.raises(ValueError, match=r"training\.safetensors belongs to another run.*delete it to start afresh"):
+        train_short(tmp_path, replace(SHORT, lr=1e-3))
+    bigger = spring(6, seed=0)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        fit(TINY, box_spec(2, 1, chunk=2), bigger, SHORT, out=tmp_path, progress=False)
+
+
+def test_other_data_of_the_same_size_are_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_at(tmp_path, 7, monkeypatch)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=99), SHORT, out=tmp_path, progress=False)
+
+
+def test_a_damaged_training_checkpoint_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_at(tmp_path, 7, monkeypatch)
+    path = tmp_path / "training.safetensors"
+    path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])
+    with pytest.raises(ValueError, match=r"training\.safetensors"):
+        train_short(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        (replace(SHORT, chunks=(1, 4)), r"chunks=\(1, 4\) must lie within 1 and the model's chunk=2"),
+        (replace(SHORT, chunks=(0, 1)), r"chunks=\(0, 1\)"),
+        (replace(SHORT, frames=5), "frames=5 must be a multiple"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(tmp_path: Path, train: FitConfig, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        train_short(tmp_path, train)
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(O, A\) = \(1, 1\), the config says \(2, 1\)"):
+        fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=0, hide=True), SHORT, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="hold no step"):
+        fit(TINY, box_spec(2, 1, chunk=2), spring(5, steps=0, seed=0), SHORT, out=tmp_path, progress=False)
