@@ -35,12 +35,15 @@ class Recipe:
     model: dict[str, object] = field(default_factory=dict)  # what differs from WorldModelConfig's defaults
 
 
+# Chosen on validation episodes, within 100 CPU-seconds each: "SG" was as good there as "SGDG" at half the work, and
+# where the simulator is Markov and smooth or chaotic (Pendulum, HalfCheetah) the time is best spent on the draft.
+SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("pendulum", "Pendulum-v1"),
-        Recipe("reacher", "Reacher-v5"),
-        Recipe("halfcheetah", "HalfCheetah-v5"),
+        Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6500, steps=300), SMALL),
+        Recipe("reacher", "Reacher-v5", FitConfig(draft_steps=3500, steps=1250, lr=3e-3), SMALL),
+        Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=6000, steps=450), SMALL),
     )
 }
 

@@ -13,8 +13,15 @@ NAMES = ("q", "k", "v", "log_alpha", "beta", "state")
 
 
 def inputs(
-    total: int, reads: int, *, seed: int = 0, spread: float = 1.0, forget: float = 0.1, write: float = 0.0, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
+    total: int,
+    reads: int,
+    *,
+    seed: int = 0,
+    spread: float = 1.0,
+    forget: float = 0.1,
+    write: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """B=2, H=2, d=5, e=3. Keys lie within about ``spread`` of one another; beta is about sigmoid(write)."""
     g = torch.Generator().manual_seed(seed)
 
@@ -23,8 +30,11 @@ def inputs(
 
     k = F.normalize(randn(1, 5) + spread * randn(total, 5), dim=-1)
     beta = torch.sigmoid(write + randn(total))
-    values = [F.normalize(randn(reads, 5), dim=-1), k, randn(total, 3), -forget * randn(total).abs(), beta, randn(3, 5)]
-    return [x.requires_grad_() for x in values]
+    q, v, state = F.normalize(randn(reads, 5), dim=-1), randn(total, 3), randn(3, 5)
+    log_alpha = -forget * randn(total).abs()
+    for x in (q, k, v, log_alpha, beta, state):
+        x.requires_grad_()
+    return q, k, v, log_alpha, beta, state
 
 
 @given(
@@ -42,7 +52,7 @@ def test_chunked_is_recurrent(
 ) -> None:
     reads = None if at is None else [round(x * total) for x in at]  # unsorted, repeated, 0 and the end among them
     args = inputs(total, total if reads is None else len(reads), seed=seed, spread=spread, forget=forget, write=write)
-    slow, fast = delta_recurrent(*args, reads), delta_chunked(*args, reads, chunk=chunk)
+    slow, fast = delta_recurrent(*args, at=reads), delta_chunked(*args, at=reads, chunk=chunk)
     g = torch.Generator().manual_seed(seed)
     loss_slow = loss_fast = torch.zeros((), dtype=torch.float64)
     for a, b in zip(slow, fast, strict=True):
@@ -51,7 +61,7 @@ def test_chunked_is_recurrent(
         loss_slow, loss_fast = loss_slow + (a * weight).sum(), loss_fast + (b * weight).sum()
     grads = [torch.autograd.grad(loss, args, materialize_grads=True) for loss in (loss_slow, loss_fast)]
     for name, a, b in zip(NAMES, *grads, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8, msg=f"the gradient of {name} differs")
 
 
 def test_recurrence_is_the_formula() -> None:

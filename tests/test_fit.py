@@ -1,4 +1,4 @@
-"""fit learns a linear system, what it saw long ago too, and a run that was killed gives the weights of one that was not."""
+"""fit learns a linear system, with the memory's help too, and a run that was killed ends where it would have ended."""
 
 import json
 import os
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import dreamt
 from torch import Tensor
 from toys import box_spec
 
@@ -20,11 +22,13 @@ from world_model.episodes import Episodes
 from world_model.fit import FitConfig, Run, fit
 from world_model.model import WorldModel
 
-SMALL = dict(chunk=2, width=16, action_width=8, heads=1, head_dim=8, window=4, draft_width=24, draft_blocks=1)
+SMALL: dict[str, Any] = dict(
+    chunk=2, width=16, action_width=8, heads=1, head_dim=8, window=4, draft_width=24, draft_blocks=1
+)
 
 
 def spring(episodes: int, steps: int = 40, *, seed: int, hide: bool = False) -> Episodes:
-    """A damped spring that is pushed: observed are its position and, unless hidden, its velocity; reward -|position|."""
+    """A damped spring that is pushed: its position and, unless hidden, its velocity are seen; reward -|position|."""
     rng = np.random.default_rng(seed)
     data = []
     for _ in range(episodes):
@@ -45,20 +49,23 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("draft", [True, False])
 def test_learns_a_linear_system(tmp_path: Path, draft: bool) -> None:
     config = WorldModelConfig(2, 1, pattern="SG", draft=draft, **SMALL)
-    train = FitConfig(draft_steps=250, steps=150, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.98, ema=0.98)
+    train = FitConfig(
+        draft_steps=250, steps=150, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.98, ema=0.98
+    )
     model = fit(config, box_spec(2, 1, chunk=2), spring(60, seed=0), train, out=tmp_path, progress=False)
     test = spring(20, seed=1)
     obs, act, reward, _, _ = test.windows(test.starts(), 25)
     for k in (1, 2):
         state = model.observe(model.initial(20), obs[:, :9], act[:, :9])
-        dreamt, gained = [], []
+        parts, gained = [], []
         for t in range(9, 25, k):
             state, imagined = model.imagine(state, act[:, t : t + k])
-            dreamt.append(imagined.obs)
+            parts.append(dreamt(imagined))
             gained.append(imagined.reward)
         persistence = rms(obs[:, 8:9] - obs[:, 9:])
-        assert rms(torch.cat(dreamt, 1) - obs[:, 9:]) < persistence * (0.05 if draft else 0.5), f"16 steps at K={k}"
-        assert rms(torch.cat(gained, 1) - reward[:, 9:]) < 0.5 * rms(reward[:, 9:] - reward[:, 9:].mean())
+        dream, gain = torch.cat(parts, 1), torch.cat(gained, 1)
+        assert rms(dream - obs[:, 9:]) < persistence * (0.05 if draft else 0.5), f"16 steps at K={k}"
+        assert rms(gain + dream[..., 0].abs()) < 0.3 * reward.std(), "the reward isn't that of what was dreamt"
     loaded = WorldModel.from_pretrained(tmp_path)
     assert loaded.fingerprint() == model.fingerprint()
     assert loaded.starts is not None and loaded.starts.obs.shape == (60, 1, 2)
@@ -67,9 +74,11 @@ def test_learns_a_linear_system(tmp_path: Path, draft: bool) -> None:
 
 
 def test_learns_what_only_the_memory_knows(tmp_path: Path) -> None:
-    """With the velocity hidden no one-step model can do much better than persistence; two frames tell it."""
+    """With the velocity hidden no one-step model does much better than persistence; two frames tell it."""
     config = WorldModelConfig(1, 1, pattern="SG", **SMALL)
-    train = FitConfig(draft_steps=100, steps=250, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.95, ema=0.98)
+    train = FitConfig(
+        draft_steps=50, steps=400, draft_batch=128, frames=8, chunks=(1, 2), lr=5e-3, draft_ema=0.9, ema=0.98
+    )
     model = fit(config, box_spec(1, 1, chunk=2), spring(60, seed=0, hide=True), train, out=tmp_path, progress=False)
     test = spring(40, seed=1, hide=True)
     obs, act, _, _, _ = test.windows(test.starts(), 12)
@@ -77,11 +86,11 @@ def test_learns_what_only_the_memory_knows(tmp_path: Path) -> None:
     _, imagined = model.imagine(state, act[:, 10:])
     persistence = rms(obs[:, 9:10] - obs[:, 10:])
     guess = model.guess(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
-    assert rms(model.scaling.raw_obs(guess.mean) - obs[:, 10:]) > 0.7 * persistence
-    assert rms(imagined.obs - obs[:, 10:]) < 0.5 * persistence
+    assert rms(model.scaling.raw_obs(guess.mean) - obs[:, 10:]) > 0.9 * persistence
+    assert rms(dreamt(imagined) - obs[:, 10:]) < 0.75 * persistence
 
 
-# -- resume --------------------------------------------------------------------------------------------------------------
+# -- resume ------------------------------------------------------------------------------------------------------------
 
 # Checkpoints after 5, 10, 15, 20 updates; the draft is frozen before the eleventh.
 TINY = WorldModelConfig(2, 1, pattern="SDG", dilation=2, taps=2, **SMALL)
@@ -97,6 +106,7 @@ def killed_at(out: Path, step: int) -> None:
     code = f"""
 import os, signal, sys, torch
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 torch.set_num_threads(1)
 from test_fit import Run, train_short
@@ -104,7 +114,9 @@ update = Run.update
 Run.update = lambda run, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else update(run, step)
 train_short(Path({str(out)!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -21,7 +21,8 @@ def same_bits(a: LatentState, b: LatentState) -> bool:
         return t.contiguous().numpy().tobytes()
 
     return a.tensors.keys() == b.tensors.keys() and all(
-        t.dtype == b[name].dtype and t.shape == b[name].shape and raw(t) == raw(b[name]) for name, t in a.tensors.items()
+        t.dtype == b[name].dtype and t.shape == b[name].shape and raw(t) == raw(b[name])
+        for name, t in a.tensors.items()
     )
 
 
@@ -87,7 +88,12 @@ def test_truncated_bytes_are_refused(keep: int) -> None:
 
 @pytest.mark.parametrize(
     "blob",
-    [b"no state at all, just a sentence", save({}), save({"x": torch.zeros(2), "y": torch.zeros(3)}), save({"x": torch.zeros(())})],
+    [
+        b"no state at all, just a sentence",
+        save({}),
+        save({"x": torch.zeros(2), "y": torch.zeros(3)}),
+        save({"x": torch.zeros(())}),
+    ],
     ids=["text", "nothing", "two batches", "no batch"],
 )
 def test_bytes_of_something_else_are_refused(blob: bytes) -> None:

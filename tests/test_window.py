@@ -34,7 +34,7 @@ def test_visible_is_the_rule(
     select = select.unflatten(-1, mask.shape)
     for r, (now, noisy) in enumerate(own):
         for m, (then, noisy_key) in enumerate(keys):
-            if noisy_key is not None or then == now and noisy is None:  # a chunk sees itself whole, a clean frame itself
+            if noisy_key is not None or (then == now and noisy is None):  # itself, a noisy one its whole chunk
                 seen = noisy_key == noisy
             else:
                 before = now if noisy is None else noisy
@@ -43,7 +43,7 @@ def test_visible_is_the_rule(
             assert (mask[rows, columns] == (0.0 if seen else -torch.inf)).all(), (now, noisy, then, noisy_key)
             expected = torch.zeros(reach + ahead + 1)
             if seen:
-                expected[min(now - then, reach) + ahead] = 1  # a chunk longer than the window: its far side shares a bias
+                expected[min(now - then, reach) + ahead] = 1  # a chunk longer than the window shares a bias there
             assert (select[:, rows, columns] == expected[:, None, None]).all(), (now, noisy, then, noisy_key)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from toys import box_spec
 
 from world_model.config import WorldModelConfig
+from world_model.contract import Imagined
 from world_model.model import WorldModel
 
 SIZES: dict[str, Any] = dict(
@@ -31,10 +33,16 @@ def tiny_model(
     model = WorldModel(config, box_spec(obs_dim, action_dim, bound=2.0, chunk=chunk)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.2 * torch.randn_like(p)
+            p.add_(0.2 * torch.randn_like(p))
         for name in ("obs_mean", "reward_mean"):
             getattr(model.scaling, name).normal_()
         for positive in (model.scaling.obs_std, model.scaling.reward_std, model.scaling.step_std, model.error):
             positive.uniform_(0.3, 1.5)
         model.terminates.fill_(True)
     return model.eval().requires_grad_(False)
+
+
+def dreamt(imagined: Imagined) -> Tensor:
+    """The observations [B,K,O] of a chunk that was decoded."""
+    assert imagined.obs is not None
+    return imagined.obs
