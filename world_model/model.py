@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from world_model.config import WorldModelConfig
@@ -285,6 +285,5 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
-    os.replace(part, path)
+    """The same for a safetensors file."""
+    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
