@@ -228,7 +228,13 @@ COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info)}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``kairos``. A mistake of the user is one line on stderr and exit code 2."""
+    """Run ``kairos``, on one thread: models this small lose by more, much where the machine is shared.
+
+    A mistake of the user is one line on stderr and exit code 2.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

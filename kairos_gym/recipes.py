@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import minari
+import torch
 from torch import Tensor
 
 from kairos_gym.collect import collect
@@ -126,6 +127,7 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # what the cards say
     for wanted in sys.argv[1:] or list(RECIPES):
         if wanted not in RECIPES:
             sys.exit(f"no recipe {wanted!r}; there are {', '.join(RECIPES)}")

@@ -171,6 +171,18 @@ def test_same_seed_same_weights_other_seed_others(tmp_path: Path, unbroken: dict
     assert not torch.equal(other["tokens.out.weight"], unbroken["tokens.out.weight"])
 
 
+@pytest.mark.parametrize(
+    ("train", "weight"),
+    [(replace(SHORT, draft_ema=0.0), "draft.leave.weight"), (replace(SHORT, ema=0.0), "tokens.out.weight")],
+    ids=["draft", "memory"],
+)
+def test_what_is_saved_is_the_average(
+    tmp_path: Path, unbroken: dict[str, Tensor], train: FitConfig, weight: str
+) -> None:
+    last = train_short(tmp_path, train).state_dict()
+    assert not torch.equal(last[weight], unbroken[weight])
+
+
 def test_another_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_at(tmp_path, 7, monkeypatch)
     with pytest.raises(ValueError, match=r"training\.safetensors belongs to another run.*delete it to start afresh"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,51 +38,46 @@ class Episodes:
         """
         parts: list[tuple[np.ndarray, ...]] = []
         for number, episode in enumerate(episodes):
-            named = dict(zip(("observations", "actions", "rewards", "terminated"), episode, strict=True))
-            for name, values in named.items():
+            arrays = []
+            for name, values in zip(("observations", "actions", "rewards", "terminated"), episode, strict=True):
                 if values is None or np.ndim(values) == 0:
                     raise ValueError(f"episode {number} has no {name}, which a world model needs; record them too")
-            obs, action, reward, ended = (np.asarray(x) for x in episode)
+                array = np.asarray(values)
+                if array.dtype.kind not in "fiub":
+                    raise ValueError(f"episode {number} has {name} of {array.dtype}; a world model takes numbers")
+                with np.errstate(over="ignore"):
+                    array = array.astype(np.float32)
+                if not np.isfinite(array).all():
+                    raise ValueError(f"episode {number} has {name} that are not finite in float32; repair or drop it")
+                arrays.append(array)
+            obs, action, reward, ended = arrays
             steps = len(action)
-            if (
-                len(obs) != steps + 1
-                or len(reward) != steps
-                or len(ended) != steps
-                or obs.ndim != 2
-                or action.ndim != 2
-            ):
+            fits = obs.ndim == action.ndim == 2 and len(obs) == steps + 1 and reward.shape == ended.shape == (steps,)
+            if not fits or (parts and (obs.shape[1], action.shape[1]) != (parts[0][0].shape[1], parts[0][1].shape[1])):
                 raise ValueError(
                     f"episode {number}: expected observations [T+1,O], actions [T,A], rewards [T], terminated [T], "
-                    f"got {obs.shape}, {action.shape}, {reward.shape}, {ended.shape}"
+                    f"O and A as in the first episode, got {obs.shape}, {action.shape}, {reward.shape}, {ended.shape}"
                 )
-            for name, values in named.items():
-                if not np.isfinite(values).all():
-                    raise ValueError(
-                        f"episode {number} has {name} that are not finite; drop or repair it before training"
-                    )
-            pad = np.zeros((1, action.shape[1]), action.dtype)
-            parts.append(
-                (
-                    obs,
-                    np.concatenate([pad, action]),
-                    np.r_[0.0, reward],
-                    np.r_[False, ended],
-                    np.arange(steps + 1),
-                    np.arange(steps, -1, -1),
-                )
-            )
+            led = np.concatenate([np.zeros_like(action, shape=(1, action.shape[1])), action])
+            before = np.arange(steps + 1)
+            parts.append((obs, led, np.r_[np.float32(0), reward], np.r_[False, ended > 0], before, before[::-1]))
         if not parts:
             raise ValueError("no episodes: collect some first (kairos collect)")
-        columns = [torch.as_tensor(np.concatenate(column)) for column in zip(*parts, strict=True)]
-        return cls(
-            columns[0].float(), columns[1].float(), columns[2].float(), columns[3].bool(), columns[4], columns[5]
-        )
+        obs, action, reward, ended, index, left = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return cls(*(torch.as_tensor(column) for column in (obs, action, reward, ended, index, left)))
 
     @classmethod
     def from_minari(cls, dataset: Any, first: int = 0, last: int | None = None) -> Episodes:
         """Episodes first..last-1 of a ``minari.MinariDataset``."""
         ids = list(range(dataset.total_episodes))[first:last]
         return cls.stack((e.observations, e.actions, e.rewards, e.terminations) for e in dataset.iterate_episodes(ids))
+
+    def fingerprint(self) -> str:
+        """A short digest: equal for equal data."""
+        digest = hashlib.sha256()
+        for tensor in (self.obs, self.action, self.reward, self.terminated, self.index):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def cut(self, steps: int) -> Episodes:
         """Only the first ``steps`` steps of every episode."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -243,7 +244,7 @@ class Run:
         recipe = {
             "model": asdict(self.model.config),
             "train": asdict(self.train),
-            "frames_of_data": len(self.episodes.obs),
+            "data": self.episodes.fingerprint(),
         }
         return json.dumps(recipe, sort_keys=True)
 
@@ -262,8 +263,10 @@ class Run:
         path = self.out / "training.safetensors"
         if not path.exists():
             return 0
-        with safe_open(path, "pt") as file:
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        try:
+            tensors: dict[str, Any] = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to start afresh") from error
         was = bytes(tensors["recipe"].numpy()).decode()
         if was != self._recipe():
             raise ValueError(

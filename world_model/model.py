@@ -26,6 +26,8 @@ from world_model.state import LatentState
 from world_model.tokens import Scaling, Tokens
 from world_model.window import Layout
 
+PIECE = 32  # frames of evidence that one pass takes
+
 
 class Starts(NamedTuple):
     """Real windows that dreams begin from."""
@@ -84,13 +86,11 @@ class WorldModel(nn.Module):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         like = self.error
-        seeds = (
-            torch.zeros(batch, dtype=torch.int64, device=like.device)
-            if seeds is None
-            else seeds.to(like.device, torch.int64)
-        )
-        if seeds.shape != (batch,):
-            raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)}")
+        if seeds is None:
+            seeds = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        if seeds.shape != (batch,) or seeds.is_floating_point():
+            raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)} of {seeds.dtype}")
+        seeds = seeds.to(like.device, torch.int64, copy=True)
         own = {"seed": seeds, "age": torch.zeros_like(seeds), "obs": like.new_zeros(batch, self.config.obs_dim)}
         return LatentState({**own, **self.trunk.empty(batch, like)})
 
@@ -104,8 +104,14 @@ class WorldModel(nn.Module):
                 )
             actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
         self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
-        obs, actions = obs.to(self.error), actions.to(self.error)
-        return self._write(state, obs, self.scaling.obs(obs), self.scaling.action(actions))
+        _expect_finite("obs", obs)
+        _expect_finite("actions", actions)
+        # In pieces: one pass costs the square of its frames, and streaming gives the same result.
+        for piece, played in zip(
+            obs.to(self.error).split(PIECE, 1), actions.to(self.error).split(PIECE, 1), strict=True
+        ):
+            state = self._write(state, piece, self.scaling.obs(piece), self.scaling.action(played))
+        return state
 
     def imagine(
         self, state: LatentState, actions: Tensor, *, decode: bool = True, sampled: bool = False, flow_steps: int = 1
@@ -120,6 +126,7 @@ class WorldModel(nn.Module):
             raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
         if flow_steps < 1:
             raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
+        _expect_finite("actions", actions)
         if bool((state["age"] == 0).any()):
             raise ValueError("imagine needs a dream that has seen something: call observe first")
         act = self.scaling.action(actions.to(self.error))
@@ -202,7 +209,7 @@ class WorldModel(nn.Module):
         first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
         world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
         _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
-        return LatentState({"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1], **memory})
+        return LatentState({"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone(), **memory})
 
     @staticmethod
     def _memory(state: LatentState) -> Memory:
@@ -270,11 +277,19 @@ class WorldModel(nn.Module):
             model.load_state_dict(weights)
             if (folder / "starts.safetensors").is_file():
                 model.starts = Starts(**load_file(folder / "starts.safetensors"))
+                sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
+                if sizes != (config.obs_dim, config.action_dim):
+                    raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
             if (folder / "card.json").is_file():
                 model.card = json.loads((folder / "card.json").read_text())
         except Exception as error:
             raise ValueError(f"the model in {folder} is damaged or from another version: {error}") from error
         return model.eval().requires_grad_(False)
+
+
+def _expect_finite(name: str, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity; a world model can't be told what isn't a number")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -155,7 +155,7 @@ class Block(nn.Module):
             new = {name: F.pad(x[:, :, :cut], (0, 0, size, 0))[:, :, -size:] for name, x in (("k", k), ("v", v))}
         else:
             new = {
-                name: torch.cat([memory[name], x[:, :, :cut]], 2)[:, :, -size:] if cut else memory[name]
+                name: torch.cat([memory[name][:, :, cut:], x[:, :, :cut][:, :, -size:]], 2) if cut else memory[name]
                 for name, x in (("k", k), ("v", v))
             }
         return out, new
