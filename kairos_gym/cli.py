@@ -117,6 +117,7 @@ def plan(
     horizon: int = 15,
     chunk: int = 1,
     candidates: int = 200,
+    std: float = 0.5,
     seed: int = 0,
 ) -> None:
     """Plan in the dream, act in the real simulator, and print a table (kairos_gym.plan.plan).
@@ -130,6 +131,7 @@ def plan(
         horizon: how many chunks to look ahead
         chunk: how many steps to play before planning again
         candidates: how many plans to dream at once
+        std: how widely the search begins, in half ranges of the actions; 0.12 suits Reacher, which charges for effort
         seed: episode e begins with seed + e
     """
     import numpy as np
@@ -147,9 +149,10 @@ def plan(
         raise ValueError(f"the card of {model} names no simulator: say which with --env")
     method: Planner
     if planner == "cem":
-        method = CEM(horizon=horizon, chunk=chunk, candidates=candidates, elites=max(2, candidates // 10))
+        elites = max(2, candidates // 10)
+        method = CEM(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std)
     elif planner == "mppi":
-        method = MPPI(horizon=horizon, chunk=chunk, candidates=candidates)
+        method = MPPI(horizon=horizon, chunk=chunk, candidates=candidates, std=std)
     else:
         method = RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
@@ -214,14 +217,11 @@ def info() -> None:
         model = load(name)
         weights = sum(p.numel() for p in model.parameters())
         card, config = model.card, model.config
-        rows.append(
-            [name, card.get("env", "-"), card.get("time_limit") or "-", config.pattern, config.chunk, f"{weights:,}"]
-        )
-    print(
-        as_text(["model", "simulator", "time limit", "layers", "chunk", "weights"], rows)
-        if rows
-        else "no shipped models"
-    )
+        errors = ["{rms:.2g} ({median:.2g})".format(**card["errors"]["test"]["all"][h]) for h in ("h1", "h8", "h64")]
+        rows.append([name, card["env"], card["time_limit"], config.pattern, config.chunk, f"{weights:,}", *errors])
+    columns = ["model", "simulator", "time limit", "layers", "chunk", "weights", "h1", "h8", "h64"]
+    print(as_text(columns, rows))
+    print("\nh1, h8, h64: open-loop NRMSE on test episodes after 1, 8 and 64 steps, RMS and (median) over trajectories")
 
 
 COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info)}

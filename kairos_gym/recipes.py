@@ -89,9 +89,9 @@ def errors(model: Dynamics, data: Data, episodes: Episodes) -> dict[str, dict[st
 
 
 def build(name: str, out: Path) -> WorldModel:
-    """Collect, train, measure on the test split, and save model and card in ``out``."""
+    """Collect, train (in ``runs/``, from where a killed run goes on), measure, and save model and card in ``out``."""
     recipe, task = RECIPES[name], data(name)
-    model = fit(config(recipe, task.spec), task.spec, task.train, recipe.train, out=out)
+    model = fit(config(recipe, task.spec), task.spec, task.train, recipe.train, out=Path("runs") / name)
     model.card = {
         "env": recipe.env,
         "time_limit": task.time_limit,
