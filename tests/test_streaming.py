@@ -340,7 +340,7 @@ def test_a_hundred_thousand_steps(tmp_path: Path) -> None:
         obs = [x := np.array([[1, 0.2], [-0.2, 0.9]]) @ x + [0, 0.2 * u] for (u,) in [(0.0,), *actions]]
         data.append((np.array(obs), actions, -np.abs(obs)[1:, 0], np.zeros(40, bool)))
     config = WorldModelConfig(2, 1, chunk=10, **{**SIZES, "pattern": "SG", "heads": 1, "draft_width": 16})
-    train = FitConfig(draft_steps=300, steps=100, frames=10, chunks=(1, 10), draft_ema=0.98, ema=0.98, lr=5e-3)
+    train = FitConfig(draft_steps=300, steps=100, frames=10, draft_ema=0.98, ema=0.98, lr=5e-3)
     model = fit(config, box_spec(2, 1, chunk=10), Episodes.stack(data), train, out=tmp_path, progress=False)
     state = model.observe(model.initial(1), torch.zeros(1, 1, 2))
     g = torch.Generator().manual_seed(0)

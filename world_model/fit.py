@@ -39,7 +39,6 @@ class FitConfig:
     lr: float = 2e-3
     draft_ema: float = 0.999
     ema: float = 0.998
-    chunks: tuple[int, ...] = (1, 1, 2, 4)  # chunk lengths, taken in turn
     seed: int = 0
     save_every: int = 500
 
@@ -104,10 +103,8 @@ def fit(
 
 
 def _check(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> None:
-    if max(train.chunks) > config.chunk or min(train.chunks) < 1:
-        raise ValueError(f"chunks={train.chunks} must lie within 1 and the model's chunk={config.chunk}")
-    if any(train.frames % chunk for chunk in train.chunks):
-        raise ValueError(f"frames={train.frames} must be a multiple of every chunk length in {train.chunks}")
+    if train.frames < config.chunk:
+        raise ValueError(f"frames={train.frames} must hold at least one chunk of the model's chunk={config.chunk}")
     have = (episodes.obs.shape[1], episodes.action.shape[1])
     if have != (config.obs_dim, config.action_dim):
         raise ValueError(f"the data have (O, A) = {have}, the config says {(config.obs_dim, config.action_dim)}")
@@ -146,7 +143,7 @@ class Run:
         phase = 0 if early else 1
         done, length = (step, train.draft_steps) if early else (step - train.draft_steps, train.steps)
         optimiser, group = self.optimisers[phase], self.groups[phase]
-        losses = self._draft_losses() if early else self._memory_losses(train.chunks[step % len(train.chunks)])
+        losses = self._draft_losses() if early else self._memory_losses(self._chunk_length(step))
         optimiser.zero_grad()
         total: Tensor = sum(losses.values())  # type: ignore[assignment]
         total.backward()
@@ -160,6 +157,11 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averages[phase].values()), list(group.values()), 1 - decay)
         return losses
+
+    def _chunk_length(self, step: int) -> int:
+        """Training takes 1, 1, half and all of the longest in turn, so that one checkpoint serves every chunk length."""
+        longest = self.model.config.chunk
+        return (1, 1, max(1, longest // 2), longest)[step % 4]
 
     def _draft_losses(self) -> dict[str, Tensor]:
         model, data = self.model, self.episodes
@@ -178,9 +180,10 @@ class Run:
     def _memory_losses(self, chunk: int) -> dict[str, Tensor]:
         train, model, g = self.train, self.model, self.generator
         at = self.windows[torch.randint(len(self.windows), (train.batch,), generator=g)]
-        obs, actions, reward, ended, valid = self.episodes.windows(at, train.frames + 1)
+        frames = train.frames // chunk * chunk
+        obs, actions, reward, ended, valid = self.episodes.windows(at, frames + 1)
         obs, actions = model.scaling.obs(obs), model.scaling.action(actions)
-        layout = Layout(train.frames + 1, tuple(range(1, train.frames + 1, chunk)), chunk)
+        layout = Layout(frames + 1, tuple(range(1, frames + 1, chunk)), chunk)
         # From here on the frames after the first are grouped in chunks: [B,C,K,...]
         target, before, play, gain, end, weight = (
             x.unflatten(1, (-1, chunk))
