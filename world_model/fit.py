@@ -159,7 +159,7 @@ class Run:
         return losses
 
     def _chunk_length(self, step: int) -> int:
-        """Training takes 1, 1, half and all of the longest in turn, so that one checkpoint serves every chunk length."""
+        """Training takes 1, 1, half and all of the longest in turn: one checkpoint serves every chunk length."""
         longest = self.model.config.chunk
         return (1, 1, max(1, longest // 2), longest)[step % 4]
 
