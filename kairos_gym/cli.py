@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +14,7 @@ from tyro.conf import Positional, arg
 Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
 Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
 Behaviour = Literal["uniform", "held", "mixed"]
 Method = Literal["cem", "mppi", "shooting"]
 
@@ -52,7 +51,7 @@ def collect(
 
 def train(
     dataset_id: Dataset,
-    out: Path,
+    out: Folder,
     pattern: str = "SGDG",
     chunk: int = 4,
     draft: bool = True,
@@ -61,7 +60,7 @@ def train(
     held_out: int = 64,
     seed: int = 0,
 ) -> None:
-    """Train a world model on a Minari dataset (world_model.fit.fit).
+    """Train a world model on a Minari dataset (kairos_gym.train.train).
 
     A training that was stopped goes on with the same command.
 
@@ -76,36 +75,19 @@ def train(
         held_out: how many episodes at the end of the dataset to leave for compare
         seed: of everything drawn at random
     """
-    import minari
+    from kairos_gym.train import train
 
-    from envs import make_real
-    from world_model.config import WorldModelConfig
-    from world_model.episodes import Episodes, spec_of
-    from world_model.fit import FitConfig, fit
-
-    dataset = minari.load_dataset(dataset_id)
-    if dataset.env_spec is None:
-        raise ValueError(f"dataset {dataset_id} doesn't say which simulator it was recorded in")
-    if dataset.total_episodes <= held_out:
-        raise ValueError(
-            f"{dataset_id} has {dataset.total_episodes} episodes; held_out={held_out} leaves none to train on"
-        )
-    env = make_real(dataset.env_spec.id)
-    spec = spec_of(env, chunk)
-    (obs_dim,), (action_dim,) = spec.observation_space.shape, spec.action_space.shape
-    config = WorldModelConfig(obs_dim=obs_dim, action_dim=action_dim, pattern=pattern, chunk=chunk, draft=draft)
-    given: dict[str, Any] = {"draft_steps": draft_steps, "steps": steps}
-    recipe = replace(FitConfig(seed=seed), **{k: v for k, v in given.items() if v is not None})
-    episodes = Episodes.from_minari(dataset, last=dataset.total_episodes - held_out)
-    model = fit(config, spec, episodes, recipe, out=out)
-    model.card |= {
-        "env": dataset.env_spec.id,
-        "time_limit": env.spec.max_episode_steps if env.spec else None,
-        "data": {"dataset": dataset_id, "held_out": held_out, **dataset.storage.metadata.get("recipe", {})},
-        "command": _command(),
-    }
-    model.save_pretrained(out)
-    print(f"The model is in {out}. How good it is: kairos compare {out} {dataset_id}")
+    steps_given: dict[str, Any] = {"draft_steps": draft_steps, "steps": steps}
+    given = {name: n for name, n in steps_given.items() if n is not None}
+    model = train(dataset_id, out, pattern=pattern, chunk=chunk, draft=draft, held_out=held_out, seed=seed, **given)
+    print(f"The model is in {out}.")
+    if "errors" not in model.card:
+        print(f"No held-out episode is long enough to score it: collect others, and kairos compare {out} with those.")
+        return
+    errors = model.card["errors"]["held_out"]
+    _print_errors(errors)
+    longest = max(int(name[1:]) for name in errors)
+    print(f"\nOther horizons: kairos compare {out} {dataset_id}{'' if longest == 64 else f' --horizon {longest}'}")
 
 
 def plan(
@@ -149,6 +131,8 @@ def plan(
         raise ValueError(f"the card of {model} names no simulator: say which with --env")
     method: Planner
     if planner == "cem":
+        if candidates < 2:
+            raise ValueError(f"the cross-entropy method needs at least 2 candidates, got {candidates}")
         elites = max(2, candidates // 10)
         method = CEM(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std)
     elif planner == "mppi":
@@ -167,29 +151,25 @@ def compare(
     model: Model,
     dataset_id: Dataset,
     horizon: int = 64,
-    trajectories: int = 64,
+    context: int = 16,
+    chunk: int = 1,
+    trajectories: int | None = None,
 ) -> None:
-    """Measure the dream's open-loop error on recorded episodes (kairos_gym.compare.open_loop).
+    """Measure the dream's open-loop error on recorded episodes (kairos_gym.compare.compare).
 
     Args:
         model: a shipped model's name, a folder or a hub id
-        dataset_id: the recorded episodes; the last ones are used, which train leaves out
+        dataset_id: the recorded episodes; of those that are long enough, the last ones are used
         horizon: how many steps to dream without looking
-        trajectories: how many episodes to take
+        context: how many real frames to show first
+        chunk: how many steps to imagine at once
+        trajectories: how many episodes to take; all that training left out of this dataset, or else up to 64
     """
-    import minari
+    from kairos_gym.compare import compare
 
-    from kairos_gym.compare import open_loop
-    from kairos_gym.models import load
-    from kairos_gym.report import Cell, as_text
-    from world_model.episodes import Episodes
-
-    world, dataset = load(model), minari.load_dataset(dataset_id)
-    episodes = Episodes.from_minari(dataset, first=max(0, dataset.total_episodes - trajectories))
-    result = open_loop(world, episodes, world.scaling.obs_std, horizon=horizon, trajectories=trajectories)
-    table = result.table([h for h in (1, 2, 4, 8, 16, 32, 64, 128, 256) if h <= horizon])
-    rows: list[list[Cell]] = [[name, errors["rms"], errors["median"]] for name, errors in table.items()]
-    print(as_text(["horizon", "NRMSE (RMS)", "NRMSE (median)"], rows))
+    result = compare(model, dataset_id, horizon=horizon, context=context, chunk=chunk, trajectories=trajectories)
+    _print_errors(result.table(sorted({h for h in (1, 2, 4, 8, 16, 32, 64, 128, 256) if h < horizon} | {horizon})))
+    print(f"\n{len(result.obs_error)} episodes of {dataset_id}, dreamed after {context} real frames")
 
 
 def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path = Path("reports/demo.html")) -> None:
@@ -242,16 +222,18 @@ def main(args: Sequence[str] | None = None) -> None:
             args=args,
             description="Learned dreams of real simulators: record, train, plan, compare.",
         )
-    except (ValueError, TypeError, OSError, ImportError, GymnasiumError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, GymnasiumError) as error:
         print("kairos:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _command() -> str:
-    """The command line that is running, as one would type it."""
-    return shlex.join(["kairos", *sys.argv[1:]])
+def _print_errors(table: dict[str, dict[str, float]]) -> None:
+    from kairos_gym.report import Cell, as_text
+
+    rows: list[list[Cell]] = [[name, errors["rms"], errors["median"]] for name, errors in table.items()]
+    print(as_text(["horizon", "NRMSE (RMS)", "NRMSE (median)"], rows))
 
 
 if __name__ == "__main__":

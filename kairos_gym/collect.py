@@ -52,7 +52,7 @@ def collect(
     seed: every episode draws its start and its actions from (seed, its index), so the same command gives the same
         data.
     steps, episodes: how much, one of the two. The last episode is finished, so there may be a few more ``steps``.
-    episode_steps: the time limit of an episode, instead of the simulator's own.
+    episode_steps: the time limit of an episode, instead of the simulator's own; needed where it has none.
     behaviour: "uniform", independent uniform actions; "held", uniform actions each held for 1 to 8 steps; "mixed", the
         two by turns, an episode each.
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
@@ -70,8 +70,8 @@ def collect(
     limit = {} if episode_steps is None else {"max_episode_steps": episode_steps}
     env = make_real(env_id, **limit)
     try:
-        _check_spaces(env)
-        recipe = _recipe(env, seed, episode_steps, behaviour, policy)
+        _check_env(env)
+        recipe = _recipe(env_id, env, seed, episode_steps, behaviour, policy)
         amount = {name: n for name, n in (("steps", steps), ("episodes", episodes)) if n is not None}
         final = get_dataset_path(dataset_id)
         part = final.with_name(f".{final.name}.part")  # hidden, so that Minari doesn't list it
@@ -90,6 +90,25 @@ def collect(
     finally:
         env.close()
     return minari.load_dataset(dataset_id)
+
+
+def recorded(dataset_id: str) -> minari.MinariDataset:
+    """The Minari dataset of that name. Raises FileNotFoundError, with the way to get one, where there is none."""
+    try:
+        return minari.load_dataset(dataset_id)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no dataset {dataset_id} at {get_dataset_path(dataset_id)}: record one with `kairos collect SIMULATOR "
+            f"{dataset_id} --episodes N`, or set MINARI_DATASETS_PATH to the folder that has it"
+        ) from error
+
+
+def simulator_of(dataset: minari.MinariDataset) -> str | None:
+    """The id that ``gym.make`` takes of the simulator a dataset was recorded in, or None where it doesn't say."""
+    recipe = dataset.storage.metadata.get("recipe")
+    if isinstance(recipe, dict) and "env_id" in recipe:
+        return str(recipe["env_id"])
+    return None if dataset.env_spec is None else str(dataset.env_spec.id)
 
 
 def _check_arguments(
@@ -121,22 +140,38 @@ def _check_arguments(
         raise ValueError(f"a policy takes the place of behaviour, so leave out behaviour={behaviour!r}")
 
 
-def _check_spaces(env: gym.Env) -> None:
+def _check_env(env: gym.Env) -> None:
     if not isinstance(env.observation_space, spaces.Box) or not isinstance(env.action_space, spaces.Box):
         raise ValueError(f"collect takes Box spaces, got {env.observation_space} and {env.action_space}")
     if not env.action_space.is_bounded():
         raise ValueError(f"uniform actions need bounds, and this simulator has none: {env.action_space}")
+    if env.spec is None or env.spec.max_episode_steps is None:
+        raise ValueError(
+            "this simulator has no time limit, so an episode might never end: give one with episode_steps "
+            "(--episode-steps)"
+        )
+    if callable(env.spec.entry_point):
+        raise ValueError(
+            f"{env.spec.id} is registered with the entry point {env.spec.entry_point}, which a dataset can't name: "
+            "register it with 'module:Class'"
+        )
 
 
 def _recipe(
-    env: gym.Env, seed: int, episode_steps: int | None, behaviour: str, policy: Callable[[Any], Any] | None
+    env_id: str,
+    env: gym.Env,
+    seed: int,
+    episode_steps: int | None,
+    behaviour: str,
+    policy: Callable[[Any], Any] | None,
 ) -> dict[str, Any]:
     """What made the data: two runs with the same recipe give the same episodes."""
     assert env.spec is not None
     packages = ["gymnasium", "numpy"] + (["mujoco"] if "mujoco" in str(env.spec.entry_point) else [])
+    module, colon, _ = env_id.rpartition(":")  # "module:Id-v0" is how Gymnasium finds an id that a module registers
     by = behaviour if policy is None else f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}"
     return {
-        "env_id": env.spec.id,
+        "env_id": module + colon + env.spec.id,
         "seed": seed,
         "episode_steps": episode_steps,
         "behaviour": by,

@@ -160,15 +160,15 @@ class DreamEnv(gym.Env[NDArray[Any], NDArray[Any]]):
             raise ValueError("this dream was made without a render_mode: make it with render_mode='rgb_array'")
         if self._closed or self._obs is None:
             raise ResetNeeded("there is no dream to draw: call reset() before render()")
-        from envs import draw, make_real  # only those who draw need a simulator
-
-        if self._artist is None:
-            assert self.real_id is not None  # or __init__ had refused the render mode
-            self._artist = make_real(self.real_id, render_mode="rgb_array")
-            self._artist.reset(seed=0)
+        assert self.real_id is not None  # or __init__ had refused the render mode
         try:
+            from envs import draw, make_real  # only those who draw need a simulator
+
+            if self._artist is None:
+                self._artist = make_real(self.real_id, render_mode="rgb_array")
+                self._artist.reset(seed=0)
             return draw(self._artist, self._obs)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ImportError):
             raise  # they say themselves what this observation lacks
         except Exception as error:
             raise RuntimeError(

@@ -46,22 +46,30 @@ def plan(
 
     dynamics: a ``WorldModel``, or ``envs.SimulatorDynamics(env_id)`` to plan on the truth. Episode e begins as
     ``reset(seed=seed + e)``, whoever plays, so results with the same seed are paired. Raises ValueError where the
-    dynamics' spaces are not the simulator's.
+    dynamics' spaces, bounds included, are not the simulator's, and for no episodes or a seed outside 0 to 2**31 - 1.
     """
     from envs import make_real  # the roof loads no simulator before somebody needs one
 
+    if episodes < 1 or not 0 <= seed < 2**31:
+        raise ValueError(f"episodes must be at least 1 and seed 0 to 2**31 - 1, got {episodes=}, {seed=}")
     env = make_real(env_id)
     for name in ("observation_space", "action_space"):
-        real, dreamed = getattr(env, name).shape, getattr(dynamics.spec, name).shape
-        if real != dreamed:
-            raise ValueError(
-                f"{env_id} has an {name} of shape {real}, these dynamics one of {dreamed}: is it their simulator?"
-            )
+        real, dreamed = getattr(env, name), getattr(dynamics.spec, name)
+        if not _same(real, dreamed):
+            raise ValueError(f"{env_id} has an {name} {real}, these dynamics {dreamed}: is it their simulator?")
+    env.close()
     mpc = MPC(dynamics, planner, seed=seed)
     mpc.reset(episodes)
     return play(
         env_id, lambda obs, inner: mpc.act(obs, inner_obs=inner), episodes=episodes, seed=seed, progress=progress
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two Box spaces have the same shape and, in float32, the same bounds."""
+    with np.errstate(over="ignore"):  # the largest float64 stands for no bound
+        bounds = [np.asarray(bound, np.float32) for bound in (a.low, b.low, a.high, b.high)]
+    return a.shape == b.shape and np.allclose(bounds[0], bounds[1]) and np.allclose(bounds[2], bounds[3])
 
 
 def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> Played:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from dataclasses import dataclass, field
 from datetime import date
@@ -16,6 +15,7 @@ from torch import Tensor
 from kairos_gym.collect import collect
 from kairos_gym.compare import open_loop
 from kairos_gym.models import ZOO
+from kairos_gym.report import machine
 from world_model.config import WorldModelConfig
 from world_model.contract import Dynamics, Spec
 from world_model.episodes import Episodes, spec_of
@@ -107,7 +107,7 @@ def build(name: str, out: Path) -> WorldModel:
             "test": errors(model, task, task.test),
         },
         "versions": {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "minari")},
-        "machine": f"{platform.system()} {platform.machine()}, {processor()}, one thread",
+        "machine": machine(),
         "date": date.today().isoformat(),
     }
     model.save_pretrained(out)
@@ -116,14 +116,6 @@ def build(name: str, out: Path) -> WorldModel:
 
 def collect_command(env: str, dataset: str, seed: int, episodes: int) -> str:
     return f"kairos collect {env} {dataset} --seed {seed} --episodes {episodes} --episode-steps {EPISODE_STEPS}"
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

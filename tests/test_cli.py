@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 from kairos_gym import load
 from kairos_gym.cli import main
+from kairos_gym.collect import collect
+from kairos_gym.compare import compare
 from kairos_gym.demo import show
 from kairos_gym.plan import plan, play, play_random
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
+from world_model.model import WorldModel
 
 envs = pytest.importorskip("envs")
 
@@ -43,9 +50,38 @@ def test_mistakes_are_one_line(
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     assert "ship with kairos_gym" in mistake(capsys, "plan", "no such model")
     assert "ship with kairos_gym" in mistake(capsys, "demo", "--model", "no such model")
-    assert "none/such-v0" in mistake(capsys, "train", "none/such-v0", "--out", str(tmp_path / "model"))
+    assert "kairos collect SIMULATOR none/such-v0" in mistake(capsys, "train", "none/such-v0", str(tmp_path / "model"))
     assert "NoSuchEnv" in mistake(capsys, "collect", "NoSuchEnv-v0", "kairos/x-v0", "--steps", "5")
     assert "either steps or episodes" in mistake(capsys, "collect", "Pendulum-v1", "kairos/x-v0")
+    assert "at least 2 candidates" in mistake(capsys, "plan", "pendulum", "--candidates", "1")
+    assert "episodes must be at least 1" in mistake(capsys, "plan", "pendulum", "--episodes", "0")
+    assert "2**31" in mistake(capsys, "plan", "pendulum", "--seed", str(2**70))
+    main(["collect", "Pendulum-v1", "kairos/x-v0", "--episodes", "2"])
+    capsys.readouterr()
+    train = ("train", "kairos/x-v0", str(tmp_path / "model"), "--held-out")
+    assert "held_out=2" in mistake(capsys, *train, "2")
+    assert "held_out=-1" in mistake(capsys, *train, "-1")
+    assert "draft_steps must be" in mistake(capsys, *train, "1", "--draft-steps", "-1")
+    assert "steps must be" in mistake(capsys, *train, "1", "--steps", "-1")
+    assert "seed" in mistake(capsys, *train, "1", "--seed", str(2**40))
+    (tmp_path / "file").touch()
+    assert "is a file" in mistake(capsys, "train", "kairos/x-v0", str(tmp_path / "file"), "--held-out", "1")
+    assert not (tmp_path / "model").exists()
+    assert "horizon must be at least 1" in mistake(capsys, "compare", "pendulum", "kairos/x-v0", "--horizon", "0")
+    assert "trajectories must be" in mistake(capsys, "compare", "pendulum", "kairos/x-v0", "--trajectories", "0")
+    said = mistake(capsys, "compare", "reacher", "kairos/x-v0")
+    assert "model 'reacher' dreams Reacher-v5, but dataset kairos/x-v0 was recorded in Pendulum-v1" in said
+
+
+def test_collecting_what_another_process_collects_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    part = tmp_path / ".busy-v0.part"
+    part.mkdir()
+    with open(part / "episodes.journal", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process" in mistake(capsys, "collect", "Pendulum-v1", "busy-v0", "--episodes", "1")
 
 
 def test_record_train_compare_plan(
@@ -54,16 +90,96 @@ def test_record_train_compare_plan(
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     model, data = str(tmp_path / "model"), "kairos/pendulum-v0"
     main(["collect", "Pendulum-v1", data, "--episodes", "6", "--episode-steps", "40"])
-    main(["train", data, "--out", model, "--draft-steps", "20", "--steps", "4", "--held-out", "2"])
-    capsys.readouterr()
-    main(["compare", model, data, "--horizon", "8", "--trajectories", "2"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split()[0] for row in rows] == ["h1", "h2", "h4", "h8"]
+    main(["train", data, model, "--draft-steps", "20", "--steps", "4", "--held-out", "2"])
+    hint = capsys.readouterr().out.splitlines()[-1].partition("kairos ")[2].split()
+    assert hint == ["compare", model, data, "--horizon", "8"]
+    main(hint)
+    *rows, _, scored = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["h1", "h2", "h4", "h8"] and scored.startswith("2 episodes of")
+    assert "can't be scored" in mistake(capsys, *hint, "--trajectories", "3")
     assert all(np.isfinite([float(number) for number in row.split()[1:]]).all() for row in rows)
     main(["plan", model, "--episodes", "1", "--horizon", "1", "--chunk", "4", "--candidates", "2"])
     assert "Pendulum-v1" in capsys.readouterr().out.splitlines()[-1]
     card = load(model).card
     assert (card["env"], card["data"]["dataset"], card["data"]["held_out"]) == ("Pendulum-v1", data, 2)
+    assert card["time_limit"] == 200, "the simulator's own, not that of the recording"
+    measured = compare(model, data, horizon=8).table()
+    assert set(measured) == {"h1", "h8"} and card["errors"]["held_out"] == measured
+
+
+SLIDE = """
+import gymnasium as gym, numpy as np
+
+class Slide(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    dt = 0.25
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1, 2)
+        return self.x, {}
+
+    def step(self, action):
+        self.x = 0.9 * self.x + 0.1 * action
+        return self.x, -abs(self.x[0]), False, False, {}
+
+gym.register("Slide-v0", "myenv:Slide")
+"""
+
+
+def test_a_simulator_of_ones_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "myenv.py").write_text(SLIDE)
+    record = ("collect", "myenv:Slide-v0", "own/col-v0", "--episodes", "3")
+    assert "--episode-steps" in mistake(capsys, *record)
+    main([*record, "--episode-steps", "20"])
+
+    def trained(name: str) -> WorldModel:
+        main(["train", "own/col-v0", str(tmp_path / name), "--draft-steps", "4", "--steps", "2", "--held-out", "1"])
+        return load(tmp_path / name)
+
+    # In a new process nothing is registered before the module is imported again.
+    monkeypatch.delitem(sys.modules, "myenv")
+    monkeypatch.delitem(gym.registry, "Slide-v0")
+    model = trained("made")
+    assert (model.spec.dt, model.card["env"], model.card["time_limit"]) == (0.25, "myenv:Slide-v0", None)
+    capsys.readouterr()
+
+    (tmp_path / "myenv.py").unlink()
+    monkeypatch.delitem(sys.modules, "myenv")
+    monkeypatch.delitem(gym.registry, "Slide-v0")
+    model = trained("not made")
+    assert model.spec.dt == 1.0 and model.spec.observation_space.high.tolist() == [9, 9]
+    said = [line for line in capsys.readouterr().err.splitlines() if "can't be made" in line]
+    assert len(said) == 1 and "own/col-v0" in said[0]
+
+
+def test_a_finished_training_whose_errors_were_lost_measures_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kairos_gym import train as training
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    collect("Pendulum-v1", "a-v0", seed=0, episodes=3, episode_steps=30, progress=False)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def run() -> WorldModel:
+        return training.train("a-v0", tmp_path / "m", draft_steps=2, steps=2, held_out=1, progress=False)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "compare", killed)
+        run()
+    card = load(tmp_path / "m").card
+    assert (card["env"], card["time_limit"], card["data"]["held_out"]) == ("Pendulum-v1", 200, 1)
+    assert "errors" not in card
+    assert set(run().card["errors"]["held_out"]) == {"h1", "h8"}
+    assert load(tmp_path / "m").card["errors"]["held_out"]["h8"]["rms"] > 0
 
 
 def test_planning_on_the_truth_beats_chance() -> None:
@@ -80,6 +196,10 @@ def test_planning_on_the_truth_beats_chance() -> None:
 def test_planning_in_another_simulator_is_refused() -> None:
     with pytest.raises(ValueError, match="Pendulum-v1 has an observation_space"):
         plan("Pendulum-v1", envs.SimulatorDynamics("Reacher-v5"), CEM(), progress=False)
+    narrow = envs.SimulatorDynamics("Pendulum-v1")
+    narrow.spec = replace(narrow.spec, action_space=spaces.Box(-1, 1, (1,), np.float32))
+    with pytest.raises(ValueError, match="Pendulum-v1 has an action_space"):
+        plan("Pendulum-v1", narrow, CEM(), progress=False)
 
 
 def test_play_gives_the_planner_every_inner_step() -> None:

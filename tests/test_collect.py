@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
 
 from kairos_gym.collect import collect
 
@@ -209,11 +211,17 @@ def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
         ({"steps": 1, "dataset_id": "no-version"}, "'name-v0'"),
         ({"steps": 1, "dataset_id": "g/name-v0"}, "two or more letters"),
         ({"steps": 1, "env_id": "CartPole-v1"}, "Box spaces"),
+        ({"steps": 1, "env_id": "Endless-v0"}, "--episode-steps"),
+        ({"steps": 1, "env_id": "Nameless-v0"}, "'module:Class'"),
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_nothing_behind(
-    datasets: Path, arguments: dict[str, object], words: str
+    datasets: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, object], words: str
 ) -> None:
+    endless = gym.envs.registration.EnvSpec("Endless-v0", gym.spec("Pendulum-v1").entry_point)
+    nameless = gym.envs.registration.EnvSpec("Nameless-v0", lambda **given: PendulumEnv(**given), max_episode_steps=9)
+    monkeypatch.setitem(gym.registry, "Endless-v0", endless)
+    monkeypatch.setitem(gym.registry, "Nameless-v0", nameless)
     given = {"env_id": "Pendulum-v1", "dataset_id": "x-v0", "seed": 0, "progress": False} | arguments
     with pytest.raises(ValueError, match=words):
         collect(**given)  # type: ignore[arg-type]

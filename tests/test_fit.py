@@ -151,7 +151,7 @@ def test_a_broken_run_ends_at_the_same_weights(
     with pytest.raises(FileNotFoundError, match="incomplete"):
         WorldModel.from_pretrained(tmp_path)
     assert interrupted_at(tmp_path, 12, monkeypatch) == list(range(5, 12))
-    assert str(tmp_path) in capsys.readouterr().out
+    assert str(tmp_path) in capsys.readouterr().err
     assert interrupted_at(tmp_path, 18, monkeypatch) == list(range(10, 18))  # from the last moment before the freeze
     assert interrupted_at(tmp_path, -1, monkeypatch) == list(range(15, 22))  # from amid the second phase, to the end
     resumed = load_file(tmp_path / "model.safetensors")

@@ -77,14 +77,14 @@ def fit_ensemble(
 
     Unlike ``fit`` this goes by the clock: a baseline gets the same time as the model that it is compared with.
     """
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model.scaling.measure(episodes)
     rows = (episodes.index > 0).nonzero()[:, 0]
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-5, fused=True)
     begun, updates = time.process_time(), 0
     while (spent := (time.process_time() - begun) / cpu_seconds) < 1:
         optimiser.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * spent))
-        at = rows[torch.randint(len(rows), (model.members, batch))]
+        at = rows[torch.randint(len(rows), (model.members, batch), generator=generator)]
         before, after = model.scaling.obs(episodes.obs[at - 1]), model.scaling.obs(episodes.obs[at])
         reward = (episodes.reward[at] - model.scaling.reward_mean) / model.scaling.reward_std
         target = torch.cat([(after - before) / model.scaling.step_std, reward[..., None]], -1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +42,13 @@ class FitConfig:
     draft_ema: float = 0.999
     ema: float = 0.998
     seed: int = 0
-    save_every: int = 500
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name in ("draft_steps", "steps", "seed", "draft_lr", "lr", "draft_ema", "ema") else 1
+            if value < least or (name == "seed" and value >= 2**31):
+                raise ValueError(f"{name} must be at least {least} (and a seed below 2**31), got {value}")
 
 
 def fit(
@@ -50,23 +58,36 @@ def fit(
     train: FitConfig = FitConfig(),
     *,
     out: str | Path,
+    card: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> WorldModel:
-    """Train on ``episodes`` -> the trained WorldModel, also saved in the folder ``out``.
+    """Train on ``episodes`` -> the trained WorldModel, also saved in the folder ``out``; ``card`` goes onto its card.
 
     Everything drawn at random is a function of (seed, step), so the same call gives the same weights on the same
     machine, also when it was killed in between: called again as before it goes on from the last checkpoint in
-    ``out`` (at most ``save_every`` updates are lost). Raises ValueError where ``out`` holds another recipe's.
+    ``out`` (at most ``save_every`` updates are lost), and a finished model is loaded. Raises ValueError where ``out``
+    holds another recipe's or the data don't fit, FloatingPointError where training diverges.
     """
-    _check(config, episodes, train)
+    _check(config, spec, episodes, train)
+    recipe = _recipe(config, episodes, train)
     out = Path(out)
+    if (out / "model.safetensors").is_file() and not (out / "training.safetensors").is_file():
+        model = WorldModel.from_pretrained(out)
+        if model.card.get("fit", {}).get("recipe") != recipe:
+            raise ValueError(f"{out} holds a model made otherwise: choose another folder, or delete it to start afresh")
+        return model
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(train.seed)
-    model = WorldModel(config, spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        model = WorldModel(config, spec)
     model.scaling.measure(episodes)
     model.terminates.copy_(torch.tensor(bool(episodes.terminated.any())))
-    run = Run(model, episodes, train, out)
+    run = Run(model, episodes, train, out, recipe)
     started, cpu = run.resume(), time.process_time()
+    if progress and started:
+        print(f"Going on after update {started}", file=sys.stderr)
+    elif progress:
+        print(f"Training: if it is stopped, the same command goes on from {out}", file=sys.stderr)
     total = train.draft_steps + train.steps
     bar = tqdm(total=total, initial=started, disable=not progress, unit="update", desc="fit")
     log = SummaryWriter(str(out / "logs"), purge_step=started)
@@ -74,14 +95,16 @@ def fit(
         for step in range(started, total):
             losses = run.update(step)
             if step % 100 == 0:
+                _expect_finite(losses, step)
                 for name, value in losses.items():
                     log.add_scalar(f"loss/{name}", value.item(), step)
                 bar.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
             bar.update()
             if (step + 1) % train.save_every == 0 and step + 1 < total:
+                _expect_finite(losses, step)
                 run.save(step + 1, time.process_time() - cpu)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last checkpoint in {out}")
+        print(f"\nStopped. The same command goes on from {out}", file=sys.stderr)
         raise
     finally:
         bar.close()
@@ -89,8 +112,11 @@ def fit(
     run.finish()
     first = episodes.starts()
     model.starts = Starts(episodes.obs[first][:256, None], episodes.action[first][:256, None])
+    _expect_finite(dict(model.named_parameters()), total)
     model.card = {
+        **(card or {}),
         "fit": {
+            "recipe": recipe,
             "train": asdict(train),
             "frames_of_data": len(episodes.obs),
             "cpu_seconds": round(run.cpu_seconds + time.process_time() - cpu, 1),
@@ -102,7 +128,21 @@ def fit(
     return model
 
 
-def _check(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> None:
+def _expect_finite(tensors: dict[str, Tensor], step: int) -> None:
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise FloatingPointError(
+            f"training diverged before update {step}: {bad[0]} is not finite; lower the learning rate"
+        )
+
+
+def _recipe(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> str:
+    """A short digest of all that decides the weights."""
+    text = json.dumps([asdict(config), asdict(train), episodes.fingerprint()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitConfig) -> None:
     if train.frames < config.chunk:
         raise ValueError(f"frames={train.frames} must hold at least one chunk of the model's chunk={config.chunk}")
     have = (episodes.obs.shape[1], episodes.action.shape[1])
@@ -110,13 +150,23 @@ def _check(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> No
         raise ValueError(f"the data have (O, A) = {have}, the config says {(config.obs_dim, config.action_dim)}")
     if not (episodes.index > 0).any():
         raise ValueError("the data hold no step, only first observations")
+    longest = int(episodes.left.max())
+    if longest < config.chunk:
+        raise ValueError(f"no episode has the {config.chunk} steps of a chunk (the longest has {longest}): lower chunk")
+    played, box = episodes.action[episodes.index > 0].numpy(), spec.action_space
+    slack = 1e-6 * (box.high - box.low)
+    if (played < box.low - slack).any() or (played > box.high + slack).any():
+        raise ValueError(
+            f"the data hold actions from {played.min():.6g} to {played.max():.6g}, outside {box}: clip them as the "
+            "simulator did when they were recorded"
+        )
 
 
 class Run:
     """A model in training: its optimisers, its averaged weights, and where it stands."""
 
-    def __init__(self, model: WorldModel, episodes: Episodes, train: FitConfig, out: Path):
-        self.model, self.episodes, self.train, self.out = model, episodes, train, out
+    def __init__(self, model: WorldModel, episodes: Episodes, train: FitConfig, out: Path, recipe: str):
+        self.model, self.episodes, self.train, self.out, self.recipe = model, episodes, train, out, recipe
         self.cpu_seconds = 0.0
         first = {"draft", "outcome"}
         self.groups = [
@@ -243,21 +293,13 @@ class Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _recipe(self) -> str:
-        recipe = {
-            "model": asdict(self.model.config),
-            "train": asdict(self.train),
-            "data": self.episodes.fingerprint(),
-        }
-        return json.dumps(recipe, sort_keys=True)
-
     def save(self, step: int, cpu_seconds: float) -> None:
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
             for name, p in group.items():
                 tensors[f"average/{name}"] = average[name]
                 tensors |= {f"optimiser/{key}/{name}": t for key, t in optimiser.state.get(p, {}).items()}
-        tensors["recipe"] = torch.frombuffer(bytearray(self._recipe().encode()), dtype=torch.uint8)
+        tensors["recipe"] = torch.frombuffer(bytearray(self.recipe.encode()), dtype=torch.uint8)
         tensors["step"], tensors["cpu"] = torch.tensor(step), torch.tensor(self.cpu_seconds + cpu_seconds)
         save_atomically(self.out / "training.safetensors", tensors)
 
@@ -271,10 +313,8 @@ class Run:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start afresh") from error
         was = bytes(tensors["recipe"].numpy()).decode()
-        if was != self._recipe():
-            raise ValueError(
-                f"{path} belongs to another run ({was}); choose another folder, or delete it to start afresh"
-            )
+        if was != self.recipe:
+            raise ValueError(f"{path} belongs to another run: choose another folder, or delete it to start afresh")
         self.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model/")})
         for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
             for name, p in group.items():

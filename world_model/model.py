@@ -104,8 +104,10 @@ class WorldModel(nn.Module):
                 )
             actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
         self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
-        _expect_finite("obs", obs)
-        _expect_finite("actions", actions)
+        if not bool(obs.isfinite().all()):
+            raise ValueError("obs must be finite, got NaN or infinity; a world model can't be told what isn't a number")
+        first = state["age"][:, None] + torch.arange(obs.shape[1], device=obs.device) == 0
+        self._expect_within_bounds(actions, first)
         # In pieces: one pass costs the square of its frames, and streaming gives the same result.
         for piece, played in zip(
             obs.to(self.error).split(PIECE, 1), actions.to(self.error).split(PIECE, 1), strict=True
@@ -126,7 +128,7 @@ class WorldModel(nn.Module):
             raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
         if flow_steps < 1:
             raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
-        _expect_finite("actions", actions)
+        self._expect_within_bounds(actions, None)
         if bool((state["age"] == 0).any()):
             raise ValueError("imagine needs a dream that has seen something: call observe first")
         act = self.scaling.action(actions.to(self.error))
@@ -221,6 +223,17 @@ class WorldModel(nn.Module):
             got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a float tensor of shape ({batch}, {frames or 'T'}, {size}), got {got}")
 
+    def _expect_within_bounds(self, actions: Tensor, first: Tensor | None) -> None:
+        """``first`` [B,T] marks frames whose action is ignored."""
+        low, high = self.scaling.action_low, self.scaling.action_high
+        slack = 1e-6 * (high - low)  # the spaces may be float64, what comes here float32
+        good = ((actions >= low - slack) & (actions <= high + slack)).all(-1)
+        if not bool((good if first is None else good | first).all()):
+            raise ValueError(
+                f"actions must be finite and within {low.tolist()} and {high.tolist()}, got {actions.min().item():.6g} "
+                f"to {actions.max().item():.6g}; clip them yourself if that is what you mean"
+            )
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
@@ -235,7 +248,7 @@ class WorldModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         obs, act = self.spec.observation_space, self.spec.action_space
-        spec = {"obs_dtype": str(obs.dtype), "action_dtype": str(act.dtype), "dt": self.spec.dt}
+        spec = {"observation_space": _to_json(obs), "action_space": _to_json(act), "dt": self.spec.dt}
         text = json.dumps({"world_model": asdict(self.config), "spec": spec}, indent=2)
         write_atomically(folder / "config.json", text.encode())
         save_atomically(folder / "model.safetensors", self.state_dict())
@@ -267,13 +280,15 @@ class WorldModel(nn.Module):
             about = json.loads((folder / "config.json").read_text())
             config, facts = WorldModelConfig.from_dict(about["world_model"]), about["spec"]
             weights = load_file(folder / "model.safetensors")
-            bounds = {
-                name: weights[f"scaling.{name}"].numpy()
-                for name in ("obs_low", "obs_high", "action_low", "action_high")
-            }
-            obs = spaces.Box(bounds["obs_low"], bounds["obs_high"], dtype=np.dtype(facts["obs_dtype"]).type)
-            act = spaces.Box(bounds["action_low"], bounds["action_high"], dtype=np.dtype(facts["action_dtype"]).type)
-            model = cls(config, Spec(obs, act, config.chunk, facts["dt"]))
+            spec = Spec(
+                _from_json(facts["observation_space"]),
+                _from_json(facts["action_space"]),
+                config.chunk,
+                float(facts["dt"]),
+            )
+            if not all(bool(t.isfinite().all()) for t in weights.values()):
+                raise ValueError("model.safetensors holds weights that are not finite")
+            model = cls(config, spec)
             model.load_state_dict(weights)
             if (folder / "starts.safetensors").is_file():
                 model.starts = Starts(**load_file(folder / "starts.safetensors"))
@@ -287,9 +302,16 @@ class WorldModel(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def _expect_finite(name: str, x: Tensor) -> None:
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity; a world model can't be told what isn't a number")
+def _to_json(box: spaces.Box) -> dict[str, Any]:
+    """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
+    low, high = ([float(x) if np.isfinite(x) else None for x in bound] for bound in (box.low, box.high))
+    return {"low": low, "high": high, "dtype": str(box.dtype)}
+
+
+def _from_json(facts: dict[str, Any]) -> spaces.Box:
+    dtype = np.dtype(facts["dtype"]).type
+    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype)
+    return spaces.Box(low, np.array([np.inf if x is None else x for x in facts["high"]], dtype), dtype=dtype)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -16,8 +16,6 @@ class Scaling(nn.Module):
     obs_mean: Tensor
     obs_std: Tensor
     step_std: Tensor  # [O] the usual size of one step's change, in normalised units
-    obs_low: Tensor
-    obs_high: Tensor
     action_low: Tensor
     action_high: Tensor
     reward_mean: Tensor
@@ -30,12 +28,9 @@ class Scaling(nn.Module):
             raise ValueError(
                 f"actions need finite bounds to be scaled, got {act}; wrap the env in RescaleAction or ClipAction first"
             )
-        for name, bound in (
-            ("obs_low", obs.low),
-            ("obs_high", obs.high),
-            ("action_low", act.low),
-            ("action_high", act.high),
-        ):
+        if not (act.low < act.high).all():
+            raise ValueError(f"every action needs some room between its bounds, got {act}")
+        for name, bound in (("action_low", act.low), ("action_high", act.high)):
             self.register_buffer(name, torch.as_tensor(bound, dtype=torch.float32).clone())
         self.register_buffer("obs_mean", torch.zeros(obs.shape))
         self.register_buffer("obs_std", torch.ones(obs.shape))
