@@ -16,6 +16,8 @@ from world_model.contract import Dynamics
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
 
+CONTEXT = 16  # real frames that a model sees before its dream is scored
+
 
 @dataclass(frozen=True)
 class OpenLoop:
@@ -56,7 +58,7 @@ def open_loop(
     std: Tensor,
     *,
     horizon: int = 64,
-    context: int = 16,
+    context: int = CONTEXT,
     chunk: int = 1,
     trajectories: int = 64,
     begin: int | None = None,
@@ -94,7 +96,7 @@ def compare(
     dataset_id: str,
     *,
     horizon: int = 64,
-    context: int = 16,
+    context: int = CONTEXT,
     chunk: int = 1,
     trajectories: int | None = None,
 ) -> OpenLoop:

@@ -10,14 +10,12 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from kairos_gym.collect import recorded, simulator_of
-from kairos_gym.compare import compare
+from kairos_gym.compare import CONTEXT, compare
 from world_model.config import WorldModelConfig
 from world_model.contract import Spec
 from world_model.episodes import Episodes
 from world_model.fit import FitConfig, fit
 from world_model.model import WorldModel
-
-CONTEXT = 16  # real frames before a dream is scored
 
 
 def train(
@@ -73,7 +71,7 @@ def train(
     )
     horizon = longest_horizon(dataset, held_out)
     if horizon is not None:
-        errors = compare(model, dataset_id, horizon=horizon, context=CONTEXT).table()
+        errors = compare(model, dataset_id, horizon=horizon).table()
         what = f"open-loop NRMSE on held-out episodes after {CONTEXT} real frames, RMS and median over trajectories"
         model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
         model.save_pretrained(out)
