@@ -65,6 +65,8 @@ class State(Protocol):
 class Dynamics(Protocol):
     """A learned model or a real simulator behind the same verbs. Owns weights, never a state.
 
+    A model that proposes actions of its own will do so from its action tokens; none does yet, so no verb asks for it.
+
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
     ``spec.action_space``, observations in those of ``spec.observation_space``.
     """
