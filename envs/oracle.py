@@ -85,7 +85,7 @@ class SimulatorDynamics:
         As exact as the observation, so to float32's rounding; ``capture`` is exact. Raises ValueError for a wrong
         shape or a NaN, and what ``state_from_observation`` raises where the observation doesn't determine the state.
         """
-        shape = (state.batch, *self.spec.observation_space.shape)
+        shape = (state.batch, *self.spec.observation_box.shape)
         if obs.ndim != 3 or obs.shape[1] < 1 or (obs.shape[0], *obs.shape[2:]) != shape:
             raise ValueError(f"obs must be [B,T,O] with B={shape[0]}, T>=1, O={shape[1]}, got {tuple(obs.shape)}")
         last = obs[:, -1].detach().cpu().double().numpy()
@@ -117,7 +117,7 @@ class SimulatorDynamics:
         return after, Imagined(obs, torch.from_numpy(played.reward).float(), torch.from_numpy(played.terminated))
 
     def _checked(self, state: LatentState, actions: Tensor) -> NDArray[np.float32]:
-        space, chunk = self.spec.action_space, self.spec.chunk
+        space, chunk = self.spec.action_box, self.spec.chunk
         b, a = state.batch, space.shape[0]
         if actions.ndim != 3 or actions.shape[::2] != (b, a) or not 1 <= actions.shape[1] <= chunk:
             raise ValueError(f"actions must be [B,K,A] with B={b}, 1<=K<={chunk}, A={a}, got {tuple(actions.shape)}")
@@ -140,7 +140,7 @@ class SimulatorDynamics:
         batch, steps = actions.shape[:2]
         out = _Played(
             np.empty_like(simulator),
-            np.empty((batch, steps, *self.spec.observation_space.shape)),
+            np.empty((batch, steps, *self.spec.observation_box.shape)),
             np.zeros((batch, steps)),
             np.ones((batch, steps), dtype=bool),
         )

@@ -2,9 +2,10 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DreamEnv", "load", "shipped"]
+__all__ = ["DreamEnv", "DreamVecEnv", "DreamVectorEnv", "load", "shipped"]
 
 
 def _refuse_shadows() -> None:
@@ -32,6 +33,20 @@ _refuse_shadows()
 import gymnasium  # noqa: E402
 
 from kairos_gym.dream_env import DreamEnv  # noqa: E402
+from kairos_gym.dream_vector_env import DreamVectorEnv  # noqa: E402
 from kairos_gym.models import load, shipped  # noqa: E402
 
-gymnasium.register(id="kairos_gym/Dream-v0", entry_point="kairos_gym.dream_env:DreamEnv")
+gymnasium.register(
+    id="kairos_gym/Dream-v0",
+    entry_point="kairos_gym.dream_env:DreamEnv",
+    vector_entry_point="kairos_gym.dream_vector_env:DreamVectorEnv",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """``DreamVecEnv`` needs Stable-Baselines3, which is loaded only for those who ask for it."""
+    if name == "DreamVecEnv":
+        from kairos_gym.sb3 import DreamVecEnv
+
+        return DreamVecEnv
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -130,9 +130,7 @@ def compare(
             f"{max(frames.values(), default=0)}: lower horizon, context or trajectories, or collect more or longer ones"
         )
     fit = fit[-(trajectories or left_out or 64) :]
-    episodes = Episodes.stack(
-        (e.observations, e.actions, e.rewards, e.terminations) for e in dataset.iterate_episodes(fit)
-    )
+    episodes = Episodes.from_minari(dataset, fit)
     return open_loop(
         world,
         episodes,

@@ -54,7 +54,7 @@ def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int
     runs = {"in the dream": plan(env_id, world, planner, episodes=episodes, seed=seed)}
     print("The same planner on the true simulator, from the same starts.")
     runs["in the simulator"] = plan(env_id, SimulatorDynamics(env_id), planner, episodes=episodes, seed=seed)
-    still = np.zeros((episodes, *world.spec.action_space.shape))
+    still = np.zeros((episodes, *world.spec.action_box.shape))
     runs["no actions"] = play(env_id, lambda obs, inner: still, episodes=episodes, seed=seed)
     chance = play_random(env_id, episodes=max(episodes, OPEN_LOOP), seed=seed)
     runs["at random"] = chance.first(episodes)

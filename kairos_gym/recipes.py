@@ -77,7 +77,7 @@ def data(name: str) -> Data:
 
 
 def config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
-    sizes = {"obs_dim": spec.observation_space.shape[0], "action_dim": spec.action_space.shape[0]}
+    sizes = {"obs_dim": spec.observation_box.shape[0], "action_dim": spec.action_box.shape[0]}
     return WorldModelConfig.from_dict({**sizes, **recipe.model, **changes})
 
 

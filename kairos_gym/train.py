@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium import spaces
 
 from kairos_gym.collect import recorded, simulator_of
 from kairos_gym.compare import CONTEXT, compare
@@ -41,8 +40,8 @@ def train(
     The card names simulator, data and call, and holds the open-loop errors on the held-out episodes after 1, 8 and 64
     steps, as far as half of them are long enough. A call that was killed goes on where it is repeated.
 
-    Raises FileNotFoundError without such a dataset, ValueError for a wrong argument, for a dataset that isn't of
-    vectors and where ``out`` holds another recipe's model.
+    Raises FileNotFoundError without such a dataset, ValueError for a wrong argument, for a dataset of other spaces
+    than ``Spec`` takes and where ``out`` holds another recipe's model.
     """
     call = dict(pattern=pattern, chunk=chunk, draft=draft, draft_steps=draft_steps, steps=steps, held_out=held_out)
     out, recipe = Path(out), FitConfig(seed=seed, draft_steps=draft_steps, steps=steps)
@@ -56,8 +55,8 @@ def train(
             f"got held_out={held_out}"
         )
     dt, time_limit = _of_simulator(dataset)
-    spec = Spec(_vector(dataset, "observation_space"), _vector(dataset, "action_space"), chunk, dt)
-    (obs_dim,), (action_dim,) = spec.observation_space.shape, spec.action_space.shape
+    spec = Spec(dataset.observation_space, dataset.action_space, chunk, dt)
+    (obs_dim,), (action_dim,) = spec.observation_box.shape, spec.action_box.shape
     config = WorldModelConfig(obs_dim=obs_dim, action_dim=action_dim, pattern=pattern, chunk=chunk, draft=draft)
     arguments = "".join(f", {name}={value!r}" for name, value in {**call, "seed": seed}.items())
     card: dict[str, Any] = {
@@ -67,7 +66,7 @@ def train(
         "data": {**dataset.storage.metadata.get("recipe", {}), "dataset": dataset_id, "held_out": held_out},
     }
     model = fit(
-        config, spec, Episodes.from_minari(dataset, last=trained), recipe, out=out, card=card, progress=progress
+        config, spec, Episodes.from_minari(dataset, range(trained)), recipe, out=out, card=card, progress=progress
     )
     horizon = longest_horizon(dataset, held_out)
     if horizon is not None:
@@ -84,15 +83,6 @@ def longest_horizon(dataset: Any, held_out: int) -> int | None:
     frames = [int(episode["total_steps"]) + 1 for episode in dataset.storage.get_episode_metadata(last)]
     enough = [h for h in (1, 8, 64) if frames and 2 * sum(n >= CONTEXT + h for n in frames) >= len(frames)]
     return max(enough, default=None)
-
-
-def _vector(dataset: Any, name: str) -> spaces.Box:
-    space = getattr(dataset, name)
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-        raise ValueError(
-            f"the {name} must be a Box of one dimension, and {dataset.id} has {space}: record it flattened"
-        )
-    return space
 
 
 def _of_simulator(dataset: Any) -> tuple[float, int | None]:

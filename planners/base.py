@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from world_model.contract import Dynamics, Spec
@@ -76,7 +77,7 @@ def score(
     observations, beginning with ``obs`` [B,O], the present one. No gradients. Raises ValueError on shapes that don't
     fit.
     """
-    actions_dim = dynamics.spec.action_space.shape[0]
+    actions_dim = dynamics.spec.action_box.shape[0]
     if candidates.ndim != 5 or candidates.shape[0] != state.batch or candidates.shape[-1] != actions_dim:
         raise ValueError(
             f"candidates must be [B,N,H,K,A] with B={state.batch} (the state's batch) and A={actions_dim}, "
@@ -85,7 +86,7 @@ def score(
     if not 1 <= candidates.shape[3] <= dynamics.spec.chunk:
         raise ValueError(f"candidates have chunks of K={candidates.shape[3]}; give 1 <= K <= {dynamics.spec.chunk}")
     if reward_fn is not None:
-        expected = (state.batch, dynamics.spec.observation_space.shape[0])
+        expected = (state.batch, dynamics.spec.observation_box.shape[0])
         if obs is None or obs.shape != expected:
             got = "None" if obs is None else list(obs.shape)
             raise ValueError(f"with reward_fn, pass the present observations as obs {list(expected)}, got {got}")
@@ -182,8 +183,10 @@ def begin(
 
 
 def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The action bounds, low [A] and high [A], float32. Raises ValueError where one is infinite."""
-    space = spec.action_space
+    """The action bounds, low [A] and high [A], float32. Raises ValueError where one is infinite or none is meant."""
+    if isinstance(spec.action_space, spaces.Discrete):
+        raise ValueError(f"planners search among real numbers; {spec.action_space} has choices instead")
+    space = spec.action_box
     if not space.is_bounded():
         raise ValueError(f"planners sample within the action bounds, but {space} has infinite ones: bound it first")
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)

@@ -154,7 +154,7 @@ class MPC:
         """Observations of all B rows -> those of ``rows``, float32 [R,(K,)O], a copy on the CPU; or one clear error."""
         if not isinstance(values, np.ndarray | Tensor):
             raise TypeError(f"{name} must be a numpy array or a tensor, got {type(values).__name__}")
-        space = self.dynamics.spec.observation_space
+        space = self.dynamics.spec.observation_box
         shape = (() if single else (len(self._fresh),)) + (() if steps is None else (steps,)) + space.shape
         if tuple(values.shape) != shape:
             raise ValueError(

@@ -153,7 +153,7 @@ def test_a_simulator_of_ones_own(
     monkeypatch.delitem(sys.modules, "myenv")
     monkeypatch.delitem(gym.registry, "Slide-v0")
     model = trained("not made")
-    assert model.spec.dt == 1.0 and model.spec.observation_space.high.tolist() == [9, 9]
+    assert model.spec.dt == 1.0 and model.spec.observation_box.high.tolist() == [9, 9]
     said = [line for line in capsys.readouterr().err.splitlines() if "can't be made" in line]
     assert len(said) == 1 and "own/col-v0" in said[0]
 

@@ -77,7 +77,7 @@ def test_only_what_training_left_out_is_scored() -> None:
     dataset = collect("Pendulum-v1", "a-v0", seed=0, episodes=6, episode_steps=12, progress=False)
     model = pendulum(data={"dataset": "a-v0", "held_out": 2})
     result = compare(model, "a-v0", horizon=8, context=2)
-    last = Episodes.from_minari(dataset, first=4)
+    last = Episodes.from_minari(dataset, range(4, dataset.total_episodes))
     expected = open_loop(model, last, model.scaling.obs_std, horizon=8, context=2, trajectories=2)
     assert torch.equal(result.obs_error, expected.obs_error)
     assert len(compare(model, "a-v0", horizon=8, context=2, trajectories=1).obs_error) == 1
@@ -106,7 +106,7 @@ def test_short_episodes_are_left_out_before_the_last_ones_are_taken() -> None:
     dataset = minari.create_dataset_from_buffers("short-v0", buffers, **spaces)
     model = pendulum()
     result = compare(model, "short-v0", horizon=8, context=2, trajectories=2)
-    long = Episodes.from_minari(dataset, first=1, last=3)
+    long = Episodes.from_minari(dataset, range(1, 3))
     expected = open_loop(model, long, model.scaling.obs_std, horizon=8, context=2, trajectories=2)
     assert torch.equal(result.obs_error, expected.obs_error)
     with pytest.raises(ValueError, match=r"3 of the 6 episodes .* = 10 frames, 4 are needed, the longest has 13"):

@@ -71,7 +71,7 @@ ONE = np.ones(2, np.float32)
 # -- Gymnasium's contract ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"chunk": 4}, {"time_limit": 5}])
+@pytest.mark.parametrize("kwargs", [{}, {"chunk": 4}, {"max_episode_steps": 5}])
 def test_check_env(kwargs: dict[str, Any]) -> None:
     env = gym.make("kairos_gym/Dream-v0", model=Bounded(), **kwargs).unwrapped
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def test_a_chunk_ends_where_it_terminates() -> None:
 
 
 def test_time_limit_counts_inner_steps() -> None:
-    env = begun(chunk=4, time_limit=6)
+    env = begun(chunk=4, max_episode_steps=6)
     assert env.step(np.ones((4, 2)))[2:4] == (False, False)
     obs, reward, terminated, truncated, _ = env.step(np.ones((4, 2)))
     np.testing.assert_allclose(obs, [0.6, 0.6], atol=1e-6)
@@ -150,7 +150,7 @@ def test_time_limit_comes_from_the_card() -> None:
     model = Point()
     model.card = {"time_limit": 1}
     assert begun(model).step(ONE)[3] is True
-    assert begun(model, time_limit=2).step(ONE)[3] is False
+    assert begun(model, max_episode_steps=2).step(ONE)[3] is False
 
 
 def test_a_dream_that_turns_non_finite_ends() -> None:
@@ -233,13 +233,13 @@ def test_reset_begins_at_a_context() -> None:
     [
         ({"obs": [0, 0]}, "unknown reset options"),
         ({"actions": [[0, 0]]}, "needs 'observation'"),
-        ({"observation": [0, 0, 0]}, r"\[2\] or \[T,2\]"),
-        ({"observation": "here"}, "array of numbers"),
+        ({"observation": [0, 0, 0]}, r"expected the shape \[...,2\]"),
+        ({"observation": "here"}, "elements of"),
         ({"observation": [0, np.nan]}, "finite"),
         ({"observation": [0, 0.5]}, "outside the observation space"),
         ({"observation": [[0, 0], [0, 0]]}, "needs 'actions'"),
         ({"observation": [[0, 0], [0, 0]], "actions": [[0, 0]]}, "needs 'actions'"),
-        ({"observation": [0, 0], "actions": [0, 0]}, r"\[T,O\]"),
+        ({"observation": [0, 0], "actions": [0, 0]}, "goes with"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:
@@ -266,7 +266,7 @@ def test_a_model_without_starts_asks_for_one() -> None:
         (np.ones((1, 2)), ValueError, "shape"),
         (0.5, ValueError, "shape"),
         ([0.0, np.nan], ValueError, "finite"),
-        ([0.0, 1.5], ValueError, "1.5 is outside"),
+        ([0.0, 1.5], ValueError, "1.5 at .* is outside"),
         ([0.0, 1e300], ValueError, "outside"),
         (["left", "right"], TypeError, "real numbers"),
         ([True, False], TypeError, "real numbers"),
@@ -292,7 +292,7 @@ def test_actions_may_be_of_any_number_type() -> None:
         ({"chunk": 9}, "from 1 to 8"),
         ({"chunk": 2.0}, "from 1 to 8"),
         ({"flow_steps": 0}, "flow_steps"),
-        ({"time_limit": 0}, "time_limit"),
+        ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"render_mode": "rgb_array"}, "card names no simulator"),
         ({"render_mode": "human"}, "render_mode"),
     ],

@@ -94,5 +94,7 @@ def test_spec_of_takes_the_simulators_own_spaces() -> None:
         spec = spec_of(env, 4)
         assert spec.observation_space == env.observation_space and spec.action_space == env.action_space
         assert spec.chunk == 4 and spec.dt == 0.05
-    with gym.make("CartPole-v1") as env, pytest.raises(ValueError, match="action space must be a Box"):
+    with gym.make("CartPole-v1") as env:
+        assert spec_of(env, 4).action_box.shape == (2,)  # one-hot
+    with gym.make("FrozenLake-v1") as env, pytest.raises(ValueError, match="observation space must be a Box"):
         spec_of(env, 4)

@@ -145,7 +145,7 @@ def odd_reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
 @pytest.mark.parametrize("toy", [TinyMLP(2, 2), PointMass(2, wall=0.05), NoGo(0.6)], ids=["mlp", "wall", "nan"])
 def test_score_equals_the_slow_loop(toy: ToyDynamics, discount: float, reward_fn: Any, monkeypatch: Any) -> None:
     g = torch.Generator().manual_seed(0)
-    dim = toy.spec.observation_space.shape[0]
+    dim = toy.spec.observation_box.shape[0]
     x = torch.rand(3, dim, generator=g) * 0.4 - 0.2
     candidates = torch.rand(3, 5, 3, 2, dim, generator=g) * 2 - 1
     truth = slow_score(toy, x, candidates, discount, reward_fn)

@@ -102,5 +102,5 @@ def test_bytes_of_something_else_are_refused(blob: bytes) -> None:
 
 
 def test_tensors_must_agree_on_the_batch() -> None:
-    with pytest.raises(ValueError, match=r"'x': \(2,\), 'y': \(3,\)"):
+    with pytest.raises(ValueError, match=r"'x': \(2,\), 'y': \(3, 2\)"):
         LatentState({"x": torch.zeros(2), "y": torch.zeros(3, 2)})

@@ -42,7 +42,7 @@ class ToyDynamics:
         return LatentState({"x": torch.as_tensor(x, dtype=torch.float32)})
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        return self.start(torch.zeros(batch, *self.spec.observation_space.shape))
+        return self.start(torch.zeros(batch, *self.spec.observation_box.shape))
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
         return state.replace(x=obs[:, -1])

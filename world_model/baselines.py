@@ -25,9 +25,9 @@ class Ensemble(nn.Module):
     def __init__(self, spec: Spec, members: int = 5, width: int = 200, hidden: int = 4):
         super().__init__()
         self.spec, self.members = spec, members
-        self.size = spec.observation_space.shape[0]
+        self.size = spec.observation_box.shape[0]
         outs = self.size + 1  # the change of each dimension, and the reward
-        sizes = [self.size + spec.action_space.shape[0], *[width] * hidden, 2 * outs]
+        sizes = [self.size + spec.action_box.shape[0], *[width] * hidden, 2 * outs]
         self.scaling = Scaling(spec)
         self.weights = nn.ParameterList(
             torch.randn(members, before, after) / math.sqrt(before) for before, after in pairwise(sizes)

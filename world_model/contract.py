@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from gymnasium import spaces
 from torch import Tensor
+
+from world_model.vectors import flat_box
 
 # Letters, everywhere in this project: B batch (dreams), K steps in a chunk, H chunks planned, N candidates, T frames,
 # A action dim, O observation dim, P tokens per frame, D model width, L layers.
@@ -16,21 +19,50 @@ from torch import Tensor
 class Spec:
     """What a ``Dynamics`` takes and gives: the simulator's own spaces, for a single step.
 
+    Observations are a Box of real numbers, or a Dict of such; actions a Box or Discrete. A ``Dynamics`` has them as
+    vectors [O] and [A] (see ``world_model.vectors``), whose bounds are ``observation_box`` and ``action_box``.
     ``chunk`` is the longest K that one ``imagine`` call takes; any K from 1 to ``chunk`` is allowed.
     ``dt`` is the simulated time of one step, in seconds.
     """
 
-    observation_space: spaces.Box  # [O]
-    action_space: spaces.Box  # [A]
+    observation_space: spaces.Space
+    action_space: spaces.Space
     chunk: int
     dt: float
+
+    def __post_init__(self) -> None:
+        if not _is_real(self.observation_space):
+            raise ValueError(
+                f"the observation space must be a Box of real numbers or a Dict of such, got {self.observation_space}"
+            )
+        if not isinstance(self.action_space, spaces.Discrete) and not (
+            isinstance(self.action_space, spaces.Box) and _is_real(self.action_space)
+        ):
+            raise ValueError(f"the action space must be a Box of real numbers or Discrete, got {self.action_space}")
+
+    @cached_property
+    def observation_box(self) -> spaces.Box:
+        """Box [O], the observation space as vectors."""
+        return flat_box(self.observation_space)
+
+    @cached_property
+    def action_box(self) -> spaces.Box:
+        """Box [A], the action space as vectors."""
+        return flat_box(self.action_space)
+
+
+def _is_real(space: spaces.Space) -> bool:
+    if isinstance(space, spaces.Dict):
+        return len(space.spaces) > 0 and all(_is_real(part) for part in space.values())
+    return isinstance(space, spaces.Box) and space.dtype.kind == "f" and space.low.size > 0
 
 
 class Imagined(NamedTuple):
     """What one chunk gives back. ``obs`` is None where ``decode=False`` was asked for and nothing needed it.
 
     ``terminated[b, k]`` says that the episode ends with inner step k. Steps after the first True are
-    meaningless: whoever sums rewards stops there.
+    meaningless: whoever sums rewards stops there. The tensors belong to whoever asked: they share no memory with a
+    state, so they may be changed.
     """
 
     obs: Tensor | None  # [B,K,O]
@@ -59,7 +91,16 @@ class State(Protocol):
         """Each dream n times in a row: dream b becomes dreams b*n .. b*n+n-1 -> State with B*n dreams."""
         ...
 
+    def put(self, rows: Tensor, other: Any) -> State:
+        """The dreams at ``rows`` (int64 [R], each once) exchanged for the R of ``other`` -> State with the same B."""
+        ...
+
     def to_bytes(self) -> bytes: ...
+
+    @classmethod
+    def from_bytes(cls, blob: bytes, device: Any = "cpu") -> State:
+        """The state that ``to_bytes`` gave. Raises ValueError where ``blob`` is none."""
+        ...
 
 
 class Dynamics(Protocol):
@@ -68,7 +109,9 @@ class Dynamics(Protocol):
     A model that proposes actions of its own will do so from its action tokens; none does yet, so no verb asks for it.
 
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
-    ``spec.action_space``, observations in those of ``spec.observation_space``.
+    ``spec.action_box``, observations in those of ``spec.observation_box``. A Dynamics may also have ``starts``, real
+    windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` that says
+    what made it, and a ``fingerprint()`` of its weights.
     """
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from world_model.contract import Spec
+from world_model.vectors import flatten
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,17 @@ class Episodes:
         return cls(*(torch.as_tensor(column) for column in (obs, action, reward, ended, index, left)))
 
     @classmethod
-    def from_minari(cls, dataset: Any, first: int = 0, last: int | None = None) -> Episodes:
-        """Episodes first..last-1 of a ``minari.MinariDataset``."""
-        ids = list(range(dataset.total_episodes))[first:last]
-        return cls.stack((e.observations, e.actions, e.rewards, e.terminations) for e in dataset.iterate_episodes(ids))
+    def from_minari(cls, dataset: Any, ids: Iterable[int] | None = None) -> Episodes:
+        """The episodes ``ids`` of a ``minari.MinariDataset``, or all of them."""
+        return cls.stack(
+            (
+                flatten(dataset.observation_space, e.observations),
+                flatten(dataset.action_space, e.actions),
+                e.rewards,
+                e.terminations,
+            )
+            for e in dataset.iterate_episodes(None if ids is None else list(ids))
+        )
 
     def fingerprint(self) -> str:
         """A short digest: equal for equal data."""
@@ -102,15 +110,8 @@ class Episodes:
 
 
 def spec_of(env: gym.Env, chunk: int) -> Spec:
-    """The ``Spec`` of a simulator: its spaces (vectors), and its time step where it tells one (else 1).
+    """The ``Spec`` of a simulator: its spaces, and its time step where it tells one (else 1).
 
-    Raises ValueError on spaces that are not Box vectors.
+    Raises ValueError on spaces that ``Spec`` doesn't take.
     """
-    obs, act = env.observation_space, env.action_space
-    for name, space in (("observation", obs), ("action", act)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(
-                f"the {name} space must be a Box of one dimension, got {space}; flatten it with a gymnasium wrapper"
-            )
-    assert isinstance(obs, gym.spaces.Box) and isinstance(act, gym.spaces.Box)
-    return Spec(obs, act, chunk, float(getattr(env.unwrapped, "dt", 1.0)))
+    return Spec(env.observation_space, env.action_space, chunk, float(getattr(env.unwrapped, "dt", 1.0)))

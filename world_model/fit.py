@@ -153,7 +153,7 @@ def _check(config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitC
     longest = int(episodes.left.max())
     if longest < config.chunk:
         raise ValueError(f"no episode has the {config.chunk} steps of a chunk (the longest has {longest}): lower chunk")
-    played, box = episodes.action[episodes.index > 0].numpy(), spec.action_space
+    played, box = episodes.action[episodes.index > 0].numpy(), spec.action_box
     slack = 1e-6 * (box.high - box.low)
     if (played < box.low - slack).any() or (played > box.high + slack).any():
         raise ValueError(

@@ -57,8 +57,8 @@ class WorldModel(nn.Module):
     def __init__(self, config: WorldModelConfig, spec: Spec):
         super().__init__()
         for name, have, want in (
-            ("obs_dim", config.obs_dim, spec.observation_space.shape),
-            ("action_dim", config.action_dim, spec.action_space.shape),
+            ("obs_dim", config.obs_dim, spec.observation_box.shape),
+            ("action_dim", config.action_dim, spec.action_box.shape),
             ("chunk", config.chunk, (spec.chunk,)),
         ):
             if (have,) != want:
@@ -302,16 +302,26 @@ class WorldModel(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def _to_json(box: spaces.Box) -> dict[str, Any]:
+def _to_json(space: spaces.Space) -> dict[str, Any]:
     """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
-    low, high = ([float(x) if np.isfinite(x) else None for x in bound] for bound in (box.low, box.high))
-    return {"low": low, "high": high, "dtype": str(box.dtype)}
+    if isinstance(space, spaces.Dict):
+        return {"parts": {key: _to_json(part) for key, part in space.items()}}
+    if isinstance(space, spaces.Discrete):
+        return {"n": int(space.n), "start": int(space.start)}
+    assert isinstance(space, spaces.Box)
+    low, high = ([float(x) if np.isfinite(x) else None for x in bound.flat] for bound in (space.low, space.high))
+    return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
 
 
-def _from_json(facts: dict[str, Any]) -> spaces.Box:
-    dtype = np.dtype(facts["dtype"]).type
-    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype)
-    return spaces.Box(low, np.array([np.inf if x is None else x for x in facts["high"]], dtype), dtype=dtype)
+def _from_json(facts: dict[str, Any]) -> spaces.Space:
+    if "parts" in facts:
+        return spaces.Dict({key: _from_json(part) for key, part in facts["parts"].items()})
+    if "n" in facts:
+        return spaces.Discrete(facts["n"], start=facts["start"])
+    dtype, shape = np.dtype(facts["dtype"]).type, facts.get("shape", [len(facts["low"])])
+    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype).reshape(shape)
+    high = np.array([np.inf if x is None else x for x in facts["high"]], dtype).reshape(shape)
+    return spaces.Box(low, high, dtype=dtype)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

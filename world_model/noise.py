@@ -25,6 +25,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def bits(seed: Tensor, step: Tensor) -> Tensor:
+    """A random whole number from 0 to 2^63 - 1 for each (seed, step) pair, int64 [...] -> int64 [...]."""
+    return _shift(_mix(_mix(_mix(seed) + step)), 1)
+
+
 def normal(seed: Tensor, step: Tensor, size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise, ``size`` numbers for each (seed, step) pair -> [..., size].
 

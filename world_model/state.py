@@ -22,10 +22,12 @@ class LatentState:
     tensors: Mapping[str, Tensor]
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        sizes = {name: tuple(t.shape[:1]) for name, t in tensors.items()}
-        if len(set(sizes.values())) != 1 or () in sizes.values():
-            raise ValueError(f"every tensor of a state needs the same leading batch dimension, got {sizes}")
-        object.__setattr__(self, "tensors", MappingProxyType(dict(tensors)))
+        tensors = dict(tensors)
+        sizes = {t.size(0) if t.ndim else None for t in tensors.values()}
+        if len(sizes) != 1 or None in sizes:
+            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            raise ValueError(f"every tensor of a state needs the same leading batch dimension, got {shapes}")
+        object.__setattr__(self, "tensors", MappingProxyType(tensors))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a LatentState is immutable: make a new one with replace(...)")
@@ -55,6 +57,10 @@ class LatentState:
     def expand(self, n: int) -> LatentState:
         """Each dream n times in a row -> LatentState of B*n dreams."""
         return LatentState({name: t.repeat_interleave(n, dim=0) for name, t in self.tensors.items()})
+
+    def put(self, rows: Tensor, other: LatentState) -> LatentState:
+        """The dreams at ``rows``, int64 [R], each once, exchanged for the R dreams of ``other``."""
+        return LatentState({name: t.index_copy(0, rows, other[name]) for name, t in self.tensors.items()})
 
     def to_bytes(self) -> bytes:
         """A self-contained safetensors blob; ``from_bytes`` gives the state back bit for bit."""

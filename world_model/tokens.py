@@ -23,7 +23,7 @@ class Scaling(nn.Module):
 
     def __init__(self, spec: Spec):
         super().__init__()
-        obs, act = spec.observation_space, spec.action_space
+        obs, act = spec.observation_box, spec.action_box
         if not (torch.isfinite(torch.as_tensor(act.low)).all() and torch.isfinite(torch.as_tensor(act.high)).all()):
             raise ValueError(
                 f"actions need finite bounds to be scaled, got {act}; wrap the env in RescaleAction or ClipAction first"

@@ -1,0 +1,535 @@
+"""Dreams: B dreams of one model side by side, begun, stepped, copied and kept by rows; the envs are doors to it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import Env, spaces
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from kairos_gym.judge import Judge, JudgeFn, to_numpy
+from kairos_gym.models import load
+from world_model.contract import Dynamics, Imagined
+from world_model.noise import bits
+from world_model.vectors import chunked, flatten, unflatten
+
+Rows = NDArray[np.int64]
+
+
+class Inner(NamedTuple):
+    """``Imagined`` in numpy, its memory shared on the CPU."""
+
+    obs: Any  # [R,K,O] or None
+    reward: NDArray[Any]  # [R,K]
+    terminated: NDArray[np.bool_]  # [R,K]
+
+    @classmethod
+    def of(cls, imagined: Imagined) -> Inner:
+        obs, reward, ends = imagined
+        return cls(None if obs is None else obs.numpy(force=True), reward.numpy(force=True), ends.numpy(force=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing ends and all is finite; told fast, and not of numbers whose squares are infinite."""
+        size = np.vdot(self.reward, self.reward)
+        if self.obs is not None:
+            size = size + np.vdot(self.obs, self.obs)
+        return math.isfinite(size) and not np.count_nonzero(self.terminated)
+
+
+class Ends(NamedTuple):
+    """How a step ended."""
+
+    terminated: NDArray[np.bool_]  # [R]
+    truncated: NDArray[np.bool_]  # [R] by the limit, or since the dream is lost
+    lost: NDArray[np.bool_]  # [R] not finite any more
+
+
+class Step:
+    """What R dreams give back, up to the inner step that ends an episode.
+
+    ``imagined`` and ``inner`` hold all K inner steps, as the model said them.
+    """
+
+    __slots__ = ("_obs", "_reward", "ends", "imagined", "inner")
+
+    def __init__(
+        self, imagined: Imagined, inner: Inner, ends: Ends, obs: Tensor | None = None, reward: Tensor | None = None
+    ):
+        """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
+        self.imagined, self.inner, self.ends = imagined, inner, ends
+        self._obs, self._reward = obs, reward
+
+    @property
+    def obs(self) -> Tensor | None:
+        """[R,O] after the last inner step that counts; None where nothing was decoded."""
+        every = self.imagined.obs
+        return every[:, -1] if self._obs is None and every is not None else self._obs
+
+    @property
+    def reward(self) -> Tensor:
+        """[R] summed over the inner steps that count."""
+        return self.imagined.reward.sum(1) if self._reward is None else self._reward
+
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """``obs`` and ``reward`` in numpy; only where they were decoded."""
+        if self._reward is not None:
+            return to_numpy(self._obs), to_numpy(self._reward)
+        reward = self.inner.reward
+        return self.inner.obs[:, -1], reward[:, 0] if reward.shape[1] == 1 else reward.sum(1)
+
+
+class Dreams:
+    """B dreams of ``model``. Observations [R,O] and actions [R,K,A] are vectors here, on the model's device.
+
+    Each dream has a seed of its own and counts its episodes; start and noise of an episode are a function of the two.
+    With its actions they decide all that is dreamed, whatever rows lie beside it.
+
+    model, chunk, sampled, flow_steps, max_episode_steps, reward_fn, termination_fn: see ``DreamEnv``.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Dynamics,
+        batch: int,
+        *,
+        chunk: int = 1,
+        sampled: bool = False,
+        flow_steps: int = 1,
+        max_episode_steps: int | None = None,
+        reward_fn: JudgeFn | None = None,
+        termination_fn: JudgeFn | None = None,
+    ):
+        self.model: Any = load(model) if isinstance(model, str | Path) else model
+        if not all(hasattr(self.model, verb) for verb in ("spec", "initial", "observe", "imagine")):
+            raise TypeError(f"model must be a name, a folder, a hub id or a Dynamics, got {type(model).__name__}")
+        spec = self.model.spec
+        self.card: dict[str, Any] = getattr(self.model, "card", None) or {}
+        if not is_count(batch):
+            raise ValueError(f"num_envs must be a whole number of at least 1, got {batch!r}")
+        if not is_count(chunk) or chunk > spec.chunk:
+            raise ValueError(
+                f"chunk must be a whole number from 1 to {spec.chunk}, this model's longest, got {chunk!r}"
+            )
+        if not is_count(flow_steps):
+            raise ValueError(f"flow_steps must be a whole number of at least 1, got {flow_steps!r}")
+        limit = self.card.get("time_limit") if max_episode_steps is None else max_episode_steps
+        if limit is not None and not is_count(limit):
+            raise ValueError(f"max_episode_steps must be a whole number of at least 1, got {limit!r}")
+        self.batch, self.chunk, self.limit = int(batch), int(chunk), limit
+        self._settings: dict[str, Any] = dict(
+            chunk=chunk,
+            sampled=sampled,
+            flow_steps=flow_steps,
+            max_episode_steps=max_episode_steps,
+            reward_fn=reward_fn,
+            termination_fn=termination_fn,
+        )
+        # Models without a flow know neither argument, so the defaults are left unsaid.
+        self._flow: dict[str, Any] = ({"sampled": True} if sampled else {}) | (
+            {"flow_steps": flow_steps} if flow_steps != 1 else {}
+        )
+        self._reward = None if reward_fn is None else Judge("reward_fn", reward_fn)
+        self._termination = None if termination_fn is None else Judge("termination_fn", termination_fn)
+        self._box = box = spec.observation_box
+        self._low, self._high = _tensors(box)
+        self._least, self._most = _tensors(spec.action_box)
+        self._is_discrete = isinstance(spec.action_space, spaces.Discrete)
+        self._is_vector = isinstance(spec.observation_space, spaces.Box) and len(spec.observation_space.shape) == 1
+        self._bounded = bool((np.isfinite(box.low) | np.isfinite(box.high)).any())
+
+        self.state: Any = None  # what the dreams remember, an immutable snapshot: planners may start from it
+        self._obs: Tensor | None = None
+        self._inner_obs: Tensor | None = None  # [B,K,O], whose last is the present
+        self.ended = np.ones(self.batch, bool)  # or not begun
+        self._seed = np.zeros(self.batch, np.int64)
+        self._episode = np.full(self.batch, -1)  # since the seed was given; -1 before the first
+        self._clock = 0  # simulator steps that all have made
+        self._born = np.zeros(self.batch, np.int64)  # where the clock stood when the episode began, more or less
+        self.any_ended, self._due = True, 0  # where the clock stands when the first dream reaches its limit
+        never = np.zeros(self.batch, bool)
+        self._never = Ends(never, never, never)
+        self._artist: Env | None = None
+        self.closed = False
+        self.device = torch.device("cpu")  # where the model is, known from its first state on
+
+    @property
+    def obs(self) -> Tensor | None:
+        """[B,O], the present observations as the model said them; None before reset and where they weren't decoded."""
+        if self._obs is None and self._inner_obs is not None:
+            self._obs = self._inner_obs[:, -1]
+        return self._obs
+
+    @obs.setter
+    def obs(self, obs: Tensor | None) -> None:
+        self._obs, self._inner_obs = obs, None
+
+    @property
+    def observation_space(self) -> spaces.Space:
+        """The simulator's own. A copy: a space has a random generator, which belongs to who asks for it."""
+        return deepcopy(self.model.spec.observation_space)
+
+    @property
+    def action_space(self) -> spaces.Space:
+        """The simulator's own, or with chunk > 1 that of K actions in a row. A copy."""
+        single = self.model.spec.action_space
+        return deepcopy(single) if self.chunk == 1 else chunked(single, self.chunk)
+
+    # -- episodes ------------------------------------------------------------------------------------------------------
+
+    def reset(
+        self,
+        rows: Rows | None = None,
+        seeds: Sequence[int | None] | None = None,
+        context: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        """Begin an episode in each of ``rows``, or in all, with a new seed or the next of its own.
+
+        context: real experience to begin from, obs [R,T,O] and actions [R,T,A]; else one of the model's starts.
+        Raises ValueError where there is neither.
+        """
+        self.expect_open()
+        at = np.arange(self.batch) if rows is None else rows
+        seed, episode = self._seed[at], self._episode[at] + 1
+        for i, given in enumerate([None] * len(at) if seeds is None else seeds):
+            if given is not None or episode[i] == 0:
+                seed[i], episode[i] = (secrets.randbits(63) if given is None else int(given) % 2**63), 0
+        key = torch.from_numpy(seed)
+        noise = bits(key, torch.from_numpy(2 * episode + 1))
+        if context is None:
+            starts = getattr(self.model, "starts", None)
+            if starts is None:
+                raise ValueError(
+                    "this model keeps no real starts: reset(options={'observation': ...}) with one of yours"
+                )
+            drawn = bits(key, torch.from_numpy(2 * episode)) % len(starts.obs)
+            context = starts.obs[drawn], starts.actions[drawn]
+        obs, actions = context
+        with torch.no_grad():
+            fresh = self.model.initial(len(at), seeds=noise)
+            self.device = device = next(iter(fresh.tensors.values())).device
+            obs, actions = obs.to(device), None if actions is None else actions.to(device)
+            state, last = self.model.observe(fresh, obs, actions), obs[:, -1].clone()
+            if rows is not None:
+                to = torch.from_numpy(at)
+                state = (self.model.initial(self.batch) if self.state is None else self.state).put(to, state)
+        self.state, self.obs = state, self._placed(at, last)
+        self._seed[at], self._episode[at], self._born[at], self.ended[at] = seed, episode, self._clock, False
+        self._count()
+
+    def step(self, actions: Tensor, rows: Rows | None = None, *, decode: bool = True) -> Step:
+        """Imagine actions [R,K,A] in each of ``rows``, or in all -> Step.
+
+        Raises ResetNeeded where one has ended or not begun. Where it raises anything, all dreams are as they were.
+        """
+        if self.closed or self.any_ended:
+            self._expect_going(rows)
+        state = self.state if rows is None else self.state.select(torch.from_numpy(rows))
+        after, imagined = self.model.imagine(state, actions, decode=decode, **self._flow)
+        if self._reward is not None or self._termination is not None:
+            imagined = self._judged(actions, imagined, rows)
+        inner = Inner.of(imagined)
+        if rows is None and self._clock + self.chunk < self._due and inner.is_plain:
+            # Nothing ends: what nearly every step comes to.
+            self.state, self._obs, self._inner_obs = after, None, imagined.obs
+            self._clock += self.chunk
+            return Step(imagined, inner, self._never)
+        at = np.arange(self.batch) if rows is None else rows
+        stepped, steps = self._ending(imagined, inner, at)
+        self.state = after if rows is None else self.state.put(torch.from_numpy(at), after)
+        self.obs = self._placed(at, stepped.obs)
+        self._born[at] -= steps  # the clock stands still for the others
+        self.ended[at] = stepped.ends.terminated | stepped.ends.truncated
+        self._count()
+        return stepped
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def snapshot(self, rows: Rows | None = None) -> bytes:
+        """All that the future of these dreams depends on, but for the weights, which are named by their fingerprint."""
+        self.expect_open()
+        at = np.arange(self.batch) if rows is None else rows
+        self.expect_begun(at)
+        where = torch.from_numpy(at)
+        kept = {
+            "state": torch.frombuffer(bytearray(self.state.select(where).to_bytes()), dtype=torch.uint8),
+            "model": torch.frombuffer(bytearray(self._fingerprint().encode()), dtype=torch.uint8),
+        }
+        kept |= {name: torch.from_numpy(column[at]) for name, column in self._columns().items()}
+        if self.obs is not None:
+            kept["obs"] = self.obs[where].detach().cpu()
+        return save_tensors(kept)
+
+    def restore(self, blob: bytes, rows: Rows | None = None) -> None:
+        """Put what ``snapshot`` gave into ``rows``, or into all.
+
+        Raises ValueError where ``blob`` is no whole snapshot, of another model or of another number of dreams.
+        """
+        self.expect_open()
+        at = np.arange(self.batch) if rows is None else rows
+        try:
+            kept = load_tensors(blob)
+            model, columns = (
+                bytes(kept["model"].numpy()).decode(),
+                {name: kept[name].numpy() for name in self._columns()},
+            )
+            blob_of_state = bytes(kept["state"].numpy())
+        except Exception as error:
+            raise ValueError(f"this is not a whole snapshot: {error}") from error
+        if model != self._fingerprint():
+            raise ValueError(
+                f"this snapshot was made with the model {model}, this env dreams with {self._fingerprint()}: make the "
+                "env with the same weights"
+            )
+        fresh = self.model.initial(len(at))
+        self.device = next(iter(fresh.tensors.values())).device
+        if len(columns["age"]) != len(at):
+            raise ValueError(f"this snapshot holds {len(columns['age'])} dreams, and there are {len(at)} to restore")
+        if self.limit is not None and (columns["age"][~columns["ended"]] >= self.limit).any():
+            raise ValueError(
+                f"this snapshot is {columns['age'].max()} steps into its episode, and here episodes end after "
+                f"{self.limit}: make the env with a larger max_episode_steps"
+            )
+        obs = kept["obs"].to(self.device) if "obs" in kept else None
+        state = type(fresh).from_bytes(blob_of_state, self.device)
+        if rows is not None:
+            whole = self.model.initial(self.batch) if self.state is None else self.state
+            state = whole.put(torch.from_numpy(at), state)
+        self.state, self.obs = state, self._placed(at, obs)
+        self._set_columns(at, columns)
+
+    def fork(self, n: int, rows: Rows | None = None) -> Dreams:
+        """n copies of each of ``rows``, or of all, next to each other -> new Dreams of the same model."""
+        self.expect_open()
+        if not is_count(n):
+            raise ValueError(f"fork(n) makes a whole number of copies of at least 1, got {n!r}")
+        at = np.arange(self.batch) if rows is None else rows
+        self.expect_begun(at)
+        at = np.repeat(at, n)
+        copies = Dreams(self.model, len(at), **self._settings)
+        copies.state = self.state.select(torch.from_numpy(at))
+        copies.obs = None if self.obs is None else self.obs[torch.from_numpy(at)]
+        copies._set_columns(slice(None), {name: column[at] for name, column in self._columns().items()})
+        return copies
+
+    # -- doors ---------------------------------------------------------------------------------------------------------
+
+    def actions(self, played: NDArray[Any], rows: int) -> Tensor:
+        """Actions of ``rows`` dreams, of the action space and in its dtype -> [R,K,A]."""
+        if self._is_discrete:
+            played = flatten(self.model.spec.action_space, played)
+        vectors = torch.from_numpy(played.reshape(rows, self.chunk, -1).astype(np.float32, copy=False))
+        return vectors if self.device.type == "cpu" else vectors.to(self.device)
+
+    def allow(self, actions: Tensor) -> bool:
+        """Whether actions [...,A] are all numbers within their bounds."""
+        return bool(((actions >= self._least.to(actions.device)) & (actions <= self._most.to(actions.device))).all())
+
+    def within(self, obs: Tensor) -> Tensor:
+        """Observations [...,O] within the observation space's finite bounds."""
+        return obs.clamp(self._low.to(obs.device), self._high.to(obs.device)) if self._bounded else obs
+
+    def shown(self, obs: NDArray[Any]) -> Any:
+        """Vectors [...,O] as elements of the observation space, copies within its finite bounds."""
+        if self._bounded:
+            obs = np.minimum(np.maximum(obs, self._box.low), self._box.high)
+        else:
+            obs = obs.astype(self._box.dtype)
+        return obs if self._is_vector else unflatten(self.model.spec.observation_space, obs)
+
+    def context(self, options: dict[str, Any], lead: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
+        """Where reset ``options`` begin: obs [R,T,O] and actions [R,T,A] or None; None where they don't say.
+
+        ``lead``: the dimensions that must stand before an observation or a stretch of them, () or (B,).
+        """
+        spec, n = self.model.spec, len(lead)
+        if unknown := sorted(set(options) - {"observation", "actions"}):
+            raise ValueError(f"unknown reset options {unknown}; known are 'observation' and 'actions'")
+        if "observation" not in options:
+            if "actions" in options:
+                raise ValueError("reset option 'actions' needs 'observation' [T,O]: what each action led to")
+            return None
+        obs = _vectors("observation", spec.observation_space, options["observation"])
+        size = spec.observation_box.shape[0]
+        row = ",".join(map(str, (*lead, size)))
+        if obs.shape[-1:] != (size,) or obs.ndim - n not in (1, 2) or obs.shape[:n] != lead or not obs.size:
+            stretch = ",".join(map(str, (*lead, "T", size)))
+            raise ValueError(f"reset option 'observation' must be [{row}] or [{stretch}], got {list(obs.shape)}")
+        box = self._box
+        if (outside := (obs < box.low) | (obs > box.high)).any():
+            raise ValueError(
+                f"reset option 'observation' is outside the observation space at {np.argwhere(outside)[0]}"
+            )
+        if obs.ndim == n + 1:
+            if "actions" in options:
+                raise ValueError(f"reset option 'actions' goes with an 'observation' of [...,T,O]; this one is [{row}]")
+            return torch.from_numpy(obs.reshape(-1, 1, size)), None
+        wanted = (*obs.shape[:-1], spec.action_box.shape[0])
+        actions = _vectors("actions", spec.action_space, options["actions"]) if "actions" in options else None
+        if actions is None or actions.shape != wanted:
+            raise ValueError(
+                f"an 'observation' of {list(obs.shape)} needs 'actions' {list(wanted)}, the action that led to each; "
+                f"got {'none' if actions is None else list(actions.shape)}"
+            )
+        return tuple(torch.from_numpy(x.reshape(-1, *x.shape[-2:])) for x in (obs, actions))  # type: ignore[return-value]
+
+    def rendering(self, render_mode: str | None) -> dict[str, Any]:
+        """What an env's metadata says of pictures. Raises ValueError for a mode that can't be had."""
+        modes = ["rgb_array"] if "env" in self.card else []  # the simulator that the model was trained on
+        if render_mode is not None and render_mode not in modes:
+            why = "" if modes else ": its card names no simulator ('env') to draw with"
+            raise ValueError(f"render_mode must be one of {[None, *modes]} for this model{why}; got {render_mode!r}")
+        return {"render_modes": modes, "render_fps": max(1, round(1 / (self.model.spec.dt * self.chunk)))}
+
+    def draw(self, row: int) -> NDArray[np.uint8]:
+        """The present observation of a dream, as the real simulator draws the state that shows it."""
+        self.expect_open()
+        self.expect_begun(np.array([row]))
+        if self.obs is None:
+            raise ValueError("the present observation is not known: the last step was made with decode=False")
+        name = self.card["env"]
+        try:
+            from envs import draw, make_real  # only those who draw need a simulator
+
+            if self._artist is None:
+                self._artist = make_real(name, render_mode="rgb_array")
+                self._artist.reset(seed=0)
+            return draw(self._artist, self.shown(to_numpy(self.obs[row])))
+        except (TypeError, ValueError, ImportError):
+            raise  # they say themselves what this observation lacks
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} can't draw on this machine ({error}): without a display, set MUJOCO_GL=egl for MuJoCo tasks "
+                "(Debian: libegl1 libgl1-mesa-dri) or SDL_VIDEODRIVER=dummy for Pendulum before Python starts"
+            ) from error
+
+    def close(self) -> None:
+        """Forget the dreams; may be called twice."""
+        if self._artist is not None:
+            self._artist.close()
+        self._artist = self.state = self.obs = None
+        self.closed = True
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _ending(self, imagined: Imagined, inner: Inner, at: Rows) -> tuple[Step, NDArray[np.int64]]:
+        """The general case, in which dreams may end within the chunk -> Step, inner steps that count [R]."""
+        (obs, reward, _), end = imagined, inner.terminated
+        good = np.isfinite(inner.reward)
+        if inner.obs is not None:
+            good &= np.isfinite(inner.obs).all(-1)
+        steps = np.where(end.any(1), end.argmax(1) + 1, self.chunk)
+        left = np.full(len(at), self.chunk + 1) if self.limit is None else self.limit - (self._clock - self._born[at])
+        steps = np.minimum(steps, left)
+        sound = np.where(good.all(1), self.chunk, good.argmin(1))  # inner steps before the first that isn't finite
+        lost = sound < steps
+        steps = np.where(lost, sound, steps)
+        counts = np.arange(self.chunk) < steps[:, None]
+        # What doesn't count may be NaN, so it is masked, not multiplied by zero.
+        earned = torch.where(torch.from_numpy(counts).to(reward.device), reward, 0.0).sum(1)
+        last = None
+        if obs is not None:
+            which = torch.from_numpy(steps).to(obs.device)
+            before = torch.zeros_like(obs[:, 0]) if self.obs is None else self.obs[torch.from_numpy(at)]
+            known = obs[torch.arange(len(at), device=obs.device), (which - 1).clamp_min(0)]
+            last = torch.where((which > 0)[:, None], known, before)
+        return Step(imagined, inner, Ends((end & counts).any(1), lost | (steps == left), lost), last, earned), steps
+
+    def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
+        """What the user's own functions say of the imagined steps, in place of what the model says."""
+        if imagined.obs is None or self.obs is None:
+            raise ValueError("reward_fn and termination_fn judge observations, so they can't go with decode=False")
+        spec, begun = self.model.spec, self.obs if rows is None else self.obs[torch.from_numpy(rows)]
+        seen = self.within(torch.cat([begun[:, None], imagined.obs], 1))
+        steps = (
+            unflatten(spec.observation_space, seen[:, :-1].flatten(0, 1)),
+            unflatten(spec.action_space, actions.flatten(0, 1)),
+            unflatten(spec.observation_space, seen[:, 1:].flatten(0, 1)),
+        )
+        reward, ends = imagined.reward, imagined.terminated
+        if self._reward is not None:
+            reward = self._reward(*steps, reward.flatten()).view_as(reward)
+        if self._termination is not None:
+            ends = self._termination(*steps, ends.flatten()).view_as(ends)
+        return Imagined(imagined.obs, reward, ends)
+
+    def _placed(self, at: Rows, obs: Tensor | None) -> Tensor | None:
+        """The present observations with ``obs`` [R,O] in rows ``at``; None where they aren't all known."""
+        if obs is None or len(at) == self.batch:
+            return obs
+        whole = obs.new_zeros(self.batch, obs.shape[1]) if self.obs is None else self.obs
+        return whole.index_copy(0, torch.from_numpy(at).to(obs.device), obs)
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """What is known of each dream beside what the model remembers; age in simulator steps."""
+        age = self._clock - self._born
+        return {"age": age, "ended": self.ended.copy(), "seed": self._seed.copy(), "episode": self._episode.copy()}
+
+    def _set_columns(self, at: Any, columns: dict[str, NDArray[Any]]) -> None:
+        self._born[at] = self._clock - columns["age"]
+        self.ended[at], self._seed[at], self._episode[at] = (columns[name] for name in ("ended", "seed", "episode"))
+        self._count()
+
+    def _count(self) -> None:
+        """Bring up to date what spares most steps a look at every row."""
+        self.any_ended = bool(self.ended.any())
+        self._due = 2**62 if self.limit is None else self.limit + int(self._born.min())
+
+    def _fingerprint(self) -> str:
+        known = getattr(self.model, "fingerprint", None)  # without one, two models of a class are taken for the same
+        return known() if known is not None else f"{type(self.model).__qualname__} {self.model.spec}"
+
+    def expect_open(self) -> None:
+        if self.closed:
+            raise ClosedEnvironmentError("this dream is closed: make a new one")
+
+    def expect_begun(self, rows: Rows | None = None) -> None:
+        """Raises ResetNeeded where a dream has not begun yet."""
+        at = np.arange(self.batch) if rows is None else rows
+        if not (begun := self._episode[at] >= 0).all():
+            which = "the dream has" if self.batch == 1 else f"dreams {at[~begun].tolist()} have"
+            raise ResetNeeded(f"{which} not begun: call reset() first")
+
+    def _expect_going(self, rows: Rows | None) -> None:
+        self.expect_open()
+        at = np.arange(self.batch) if rows is None else rows
+        self.expect_begun(at)
+        if len(over := at[self.ended[at]]):
+            which = "the dream has" if self.batch == 1 else f"dreams {over.tolist()} have"
+            raise ResetNeeded(f"{which} ended: call reset() before step()")
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    return is_int(value) and bool(value >= 1)
+
+
+def _tensors(box: spaces.Box) -> tuple[Tensor, Tensor]:
+    low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (box.low, box.high))
+    return low, high
+
+
+def _vectors(name: str, space: spaces.Space, values: Any) -> NDArray[np.float32]:
+    try:
+        array = flatten(space, values).astype(np.float32)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"reset option {name!r} must be made of elements of {space}, got {values!r}: {error}"
+        ) from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"reset option {name!r} must be finite, got {array.tolist()}")
+    return array

@@ -1,0 +1,109 @@
+"""Spaces of people as the flat vectors of a model, and back, over any leading dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+
+def flat_box(space: spaces.Space) -> spaces.Box:
+    """The Box [n] of ``space`` as a vector: a Box unrolled, a Discrete as one-hot, a Dict's parts in its order."""
+    box = spaces.utils.flatten_space(space)
+    assert isinstance(box, spaces.Box)
+    return box
+
+
+def flatten(space: spaces.Space, values: Any) -> NDArray[Any]:
+    """Elements of ``space``, stacked along any leading dimensions [...] -> [...,n].
+
+    Raises ValueError, or KeyError for a missing part, where ``values`` don't have the space's structure.
+    """
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([flatten(part, values[key]) for key, part in space.items()], -1)
+    given = np.asarray(values)
+    if isinstance(space, spaces.Discrete):
+        return (given[..., None] == np.arange(space.start, space.start + space.n)).astype(np.float32)
+    assert isinstance(space, spaces.Box)
+    lead = given.ndim - len(space.shape)
+    if lead < 0 or given.shape[lead:] != space.shape:
+        raise ValueError(f"expected the shape [...,{','.join(map(str, space.shape))}], got {list(given.shape)}")
+    return given.reshape(*given.shape[:lead], space.low.size)
+
+
+def unflatten(space: spaces.Space, flat: Any) -> Any:
+    """A numpy array or a tensor [...,n] -> elements of ``space``, stacked along the leading dimensions [...].
+
+    The numbers keep their dtype, but for a Discrete's, which is the largest of its n.
+    """
+    if isinstance(space, spaces.Dict):
+        parts, begin = {}, 0
+        for key, part in space.items():
+            end = begin + spaces.utils.flatdim(part)
+            parts[key], begin = unflatten(part, flat[..., begin:end]), end
+        return parts
+    if isinstance(space, spaces.Discrete):
+        return flat.argmax(-1) + int(space.start)
+    assert space.shape is not None
+    return flat.reshape(*flat.shape[:-1], *space.shape)
+
+
+def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
+    """The space of ``chunk`` actions in a row: of Box [...] a Box [K,...], of Discrete a MultiDiscrete [K]."""
+    if isinstance(space, spaces.Discrete):
+        return spaces.MultiDiscrete([space.n] * chunk, start=[space.start] * chunk)
+    assert isinstance(space, spaces.Box)
+    low, high = (np.repeat(bound[None], chunk, axis=0) for bound in (space.low, space.high))
+    return spaces.Box(low, high, dtype=space.low.dtype.type)
+
+
+class ActionCheck:
+    """What an action of ``space`` has to be: a Box of real numbers, or a Discrete, a MultiDiscrete or a batch of them.
+
+    Called with an action it gives a copy in the space's dtype. Nothing is clipped, rounded or guessed: it raises
+    TypeError for what isn't made of real (or whole) numbers, ValueError for a wrong shape, a NaN or infinity, and one
+    out of range.
+    """
+
+    def __init__(self, space: spaces.Space):
+        self.space, self.shape, self.dtype = space, space.shape, space.dtype
+        if isinstance(space, spaces.Discrete):
+            low, high = space.start, space.start + space.n - 1
+        elif isinstance(space, spaces.MultiDiscrete):
+            low, high = space.start, space.start + space.nvec - 1
+        else:
+            assert isinstance(space, spaces.Box)
+            low, high = space.low, space.high
+        assert self.dtype is not None
+        self.real = self.dtype.kind == "f"
+        if self.real:  # so that one comparison tells of infinities too
+            most = np.finfo(self.dtype).max
+            low, high = np.maximum(low, -most), np.minimum(high, most)
+        self.low, self.high = np.broadcast_arrays(low, high)
+
+    def __call__(self, action: Any) -> NDArray[Any]:
+        given = np.asarray(action)
+        if given.dtype.kind not in ("fiu" if self.real else "iu"):
+            kind = "real" if self.real else "whole"
+            raise TypeError(f"actions must be {kind} numbers, {self.dtype} {self.shape}, got {given.dtype}: {action!r}")
+        if given.shape != self.shape:
+            raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
+        if given.dtype == self.dtype:
+            played = given.copy()
+        else:
+            with np.errstate(over="ignore"):
+                # Before it is compared: 1 + 1e-12 in float64 is no other action than 1.
+                played = given.astype(self.dtype)
+        good = (played >= self.low) & (played <= self.high)
+        if np.count_nonzero(good) < good.size:
+            at = tuple(int(i) for i in np.argwhere(~good)[0])
+            value = given[at]
+            if not np.isfinite(value):
+                raise ValueError(f"actions must be finite, got {value} at {at}: look for a NaN in what chose them")
+            raise ValueError(
+                f"action {value} at {at} is outside [{self.low[at]}, {self.high[at]}]: clip or rescale actions to the "
+                "action space before the step"
+            )
+        return played
