@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
+from world_model.episodes import spec_of
+
 Behaviour = Literal["uniform", "held", "mixed"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
@@ -141,9 +143,8 @@ def _check_arguments(
 
 
 def _check_env(env: gym.Env) -> None:
-    if not isinstance(env.observation_space, spaces.Box) or not isinstance(env.action_space, spaces.Box):
-        raise ValueError(f"collect takes Box spaces, got {env.observation_space} and {env.action_space}")
-    if not env.action_space.is_bounded():
+    spec_of(env, 1)  # raises ValueError for spaces that no model takes
+    if isinstance(env.action_space, spaces.Box) and not env.action_space.is_bounded():
         raise ValueError(f"uniform actions need bounds, and this simulator has none: {env.action_space}")
     if env.spec is None or env.spec.max_episode_steps is None:
         raise ValueError(
@@ -275,7 +276,7 @@ def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[
         truncations.append(bool(truncated))
     return {
         "seed": np.array([env_seed]),
-        "observations": np.stack(observations),
+        **_stacked("observations", observations),
         "actions": np.stack(actions),
         "rewards": np.array(rewards),
         "terminations": np.array(terminations),
@@ -283,11 +284,32 @@ def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[
     }
 
 
-def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterator[NDArray[Any]]:
+def _stacked(name: str, values: list[Any]) -> Episode:
+    """Elements of a space as columns [T,...]; the parts of a Dict have their keys in their column's name."""
+    if not isinstance(values[0], dict):
+        return {name: np.stack(values)}
+    columns: Episode = {}
+    for key in values[0]:
+        columns |= _stacked(f"{name}/{key}", [value[key] for value in values])
+    return columns
+
+
+def _unstacked(name: str, episode: Episode) -> Any:
+    """What ``_stacked`` called by that name."""
+    if name in episode:
+        return episode[name]
+    keys = dict.fromkeys(column.removeprefix(f"{name}/").split("/")[0] for column in episode if column.startswith(name))
+    return {key: _unstacked(f"{name}/{key}", episode) for key in keys}
+
+
+def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterator[Any]:
     """Uniform actions without end, each for a uniform number of steps from 1 to ``longest``."""
-    assert isinstance(space, spaces.Box)
     while True:
-        action = rng.uniform(space.low, space.high).astype(space.dtype)
+        if isinstance(space, spaces.Discrete):
+            action = space.start + rng.integers(space.n)
+        else:
+            assert isinstance(space, spaces.Box)
+            action = rng.uniform(space.low, space.high).astype(space.dtype)
         for _ in range(rng.integers(1, longest + 1)):
             yield action
 
@@ -350,5 +372,6 @@ def _buffers(journal: BinaryIO, amount: dict[str, int]) -> Iterator[EpisodeBuffe
         if done >= goal:
             return
         done += len(episode["rewards"]) if unit == "steps" else 1
-        (seed,) = episode.pop("seed").tolist()
-        yield EpisodeBuffer(id=index, seed=seed, **episode)
+        (seed,) = episode["seed"].tolist()
+        kept = ("observations", "actions", "rewards", "terminations", "truncations")
+        yield EpisodeBuffer(id=index, seed=seed, **{name: _unstacked(name, episode) for name in kept})

@@ -342,11 +342,12 @@ class Dreams:
 
     def shown(self, obs: NDArray[Any]) -> Any:
         """Vectors [...,O] as elements of the observation space, copies within its finite bounds."""
+        space = self.model.spec.observation_space
         if self._bounded:
             obs = np.minimum(np.maximum(obs, self._box.low), self._box.high)
         else:
             obs = obs.astype(self._box.dtype)
-        return obs if self._is_vector else unflatten(self.model.spec.observation_space, obs)
+        return obs if self._is_vector else _cast(space, unflatten(space, obs))
 
     def context(self, options: dict[str, Any], lead: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
         """Where reset ``options`` begin: obs [R,T,O] and actions [R,T,A] or None; None where they don't say.
@@ -516,6 +517,13 @@ def is_int(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     return is_int(value) and bool(value >= 1)
+
+
+def _cast(space: spaces.Space, obs: Any) -> Any:
+    """Every part of an observation in its own dtype."""
+    if isinstance(space, spaces.Dict):
+        return {key: _cast(part, obs[key]) for key, part in space.items()}
+    return obs.astype(space.dtype, copy=False)
 
 
 def _tensors(box: spaces.Box) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -66,7 +67,9 @@ def plan(
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two Box spaces have the same shape and, in float32, the same bounds."""
+    """Whether two spaces are the same; of Boxes, whether they have the same shape and, in float32, the same bounds."""
+    if not (isinstance(a, spaces.Box) and isinstance(b, spaces.Box)):
+        return bool(a == b)
     with np.errstate(over="ignore"):  # the largest float64 stands for no bound
         bounds = [np.asarray(bound, np.float32) for bound in (a.low, b.low, a.high, b.high)]
     return a.shape == b.shape and np.allclose(bounds[0], bounds[1]) and np.allclose(bounds[2], bounds[3])

@@ -210,7 +210,7 @@ def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
         ({"steps": 1, "dataset_id": "no version"}, "'name-v0'"),
         ({"steps": 1, "dataset_id": "no-version"}, "'name-v0'"),
         ({"steps": 1, "dataset_id": "g/name-v0"}, "two or more letters"),
-        ({"steps": 1, "env_id": "CartPole-v1"}, "Box spaces"),
+        ({"steps": 1, "env_id": "FrozenLake-v1"}, "observation space must be a Box"),
         ({"steps": 1, "env_id": "Endless-v0"}, "--episode-steps"),
         ({"steps": 1, "env_id": "Nameless-v0"}, "'module:Class'"),
     ],
