@@ -172,11 +172,13 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         again. With NEXT_STEP a dream that only begins again imagines zeros.
 
         The gradient flows through the dream where ``actions`` require one; a step whose actions don't cuts it off.
-        Raises ValueError for actions of another shape or dtype or out of range.
+        Raises TypeError for what is no tensor, ValueError for actions of another shape or dtype or out of range.
         """
         dreams = self._dreams
         box = self.model.spec.action_box
         shape = (self.num_envs, *([] if self.chunk == 1 else [self.chunk]), *box.shape)
+        if not isinstance(actions, Tensor):
+            raise TypeError(f"step_torch takes a tensor, got {type(actions).__name__}; step takes the others")
         if actions.shape != shape or actions.dtype != torch.float32:
             raise ValueError(f"actions must be float32 {list(shape)}, got {actions.dtype} {list(actions.shape)}")
         if not dreams.allow(actions):

@@ -274,9 +274,12 @@ class Dreams:
     def restore(self, blob: bytes, rows: Rows | None = None) -> None:
         """Put what ``snapshot`` gave into ``rows``, or into all.
 
-        Raises ValueError where ``blob`` is no whole snapshot, of another model or of another number of dreams.
+        Raises TypeError for what isn't bytes, ValueError where it is no whole snapshot, of another model or of another
+        number of dreams.
         """
         self.expect_open()
+        if not isinstance(blob, bytes):
+            raise TypeError(f"a snapshot is bytes, got {type(blob).__name__}")
         at = np.arange(self.batch) if rows is None else rows
         try:
             kept = load_tensors(blob)
@@ -467,8 +470,8 @@ class Dreams:
 
     def _placed(self, at: Rows, obs: Tensor | None) -> Tensor | None:
         """The present observations with ``obs`` [R,O] in rows ``at``; None where they aren't all known."""
-        if obs is None or len(at) == self.batch:
-            return obs
+        if obs is None:
+            return None
         whole = obs.new_zeros(self.batch, obs.shape[1]) if self.obs is None else self.obs
         return whole.index_copy(0, torch.from_numpy(at).to(obs.device), obs)
 

@@ -10,7 +10,7 @@ from toys import box_spec
 
 from world_model.config import WorldModelConfig
 from world_model.contract import Imagined
-from world_model.model import WorldModel
+from world_model.model import Starts, WorldModel
 
 SIZES: dict[str, Any] = dict(
     width=8, action_width=6, heads=2, head_dim=4, window=3, dilation=2, taps=2, draft_width=8, draft_blocks=1
@@ -40,6 +40,15 @@ def tiny_model(
             positive.uniform_(0.3, 1.5)
         model.terminates.fill_(True)
     return model.eval().requires_grad_(False)
+
+
+def dreamer(pattern: str = "SDG") -> WorldModel:
+    """A tiny world model to begin dreams with, which never ends one."""
+    model = tiny_model(pattern)
+    model.terminates.fill_(False)
+    torch.manual_seed(1)
+    model.starts = Starts(torch.randn(6, 2, 3), torch.rand(6, 2, 2))
+    return model
 
 
 def dreamt(imagined: Imagined) -> Tensor:

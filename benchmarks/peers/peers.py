@@ -1,0 +1,412 @@
+"""What a step of an environment costs beside the network inside it: Kairos Gym, mbrl-lib and TorchRL round one MLP.
+
+From the root of the repository:
+
+    python3 -m venv /tmp/peers
+    /tmp/peers/bin/pip install -r benchmarks/peers/requirements.txt
+    /tmp/peers/bin/pip install --no-deps mbrl==0.2.0
+    OMP_NUM_THREADS=1 PYTHONPATH=. /tmp/peers/bin/python benchmarks/peers/peers.py
+
+All play the same actions from the same start with the same weights, in float32 on one thread, and must come to the same
+observations and rewards before anything is timed. Nothing ends and nobody has a time limit. What is given and returned
+differs by door: "numpy" takes and returns numpy arrays, "torch" tensors, TorchRL TensorDicts. Time is the CPU time of
+the thread; the contenders take turns, in another order each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from mbrl.env.termination_fns import no_termination
+from mbrl.models import Model, ModelEnv
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase, ModelBasedEnvBase
+from torchrl.envs.model_based import WorldModelEnv
+from torchrl.modules import WorldModel
+
+from kairos_gym import DreamEnv, DreamVectorEnv
+from world_model.contract import Imagined, Spec
+from world_model.state import LatentState
+
+OBS, ACT, WIDTH = 17, 6, 256
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
+ACTIONS = spaces.Box(-1.0, 1.0, (ACT,), np.float32)
+
+
+class Net(nn.Module):
+    """What all of them wrap: obs [B,O], action [B,A] -> next obs [B,O], reward [B,1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(OBS + ACT, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, OBS + 1)
+        )
+
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.layers(torch.cat([obs, action], -1))
+        return obs + out[:, :OBS], out[:, OBS:]
+
+
+class Contender:
+    """One way to step the network."""
+
+    name: str
+    takes_numpy = False  # actions, else tensors
+    only_one = False  # knows no batches
+
+    def __init__(self, net: Net, batch: int):
+        raise NotImplementedError
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        """Begin at observations [B,O]."""
+        raise NotImplementedError
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        """Step through T actions [B,A] -> the last observations [B,O] and rewards."""
+        raise NotImplementedError
+
+
+class Bare(Contender):
+    name = "the bare network"
+
+    def __init__(self, net: Net, batch: int):
+        self.net = net
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        self.obs = torch.from_numpy(start)
+
+    def play(self, actions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        net, obs = self.net, self.obs
+        with torch.no_grad():
+            for action in actions:
+                obs, reward = net(obs, action)
+        self.obs = obs
+        return obs, reward
+
+
+# -- Kairos Gym --------------------------------------------------------------------------------------------------------
+
+
+class NetDynamics:
+    """The network behind ``world_model.contract.Dynamics``."""
+
+    def __init__(self, net: Net):
+        self.net, self.spec = net, Spec(OBSERVATIONS, ACTIONS, chunk=1, dt=0.05)
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        return LatentState({"obs": torch.zeros(batch, OBS)})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        return LatentState({"obs": obs[:, -1]})
+
+    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+        obs, reward = self.net(state["obs"], actions[:, 0])
+        seen = obs[:, None].clone() if decode else None  # the contract: nothing given away is shared with the state
+        return LatentState({"obs": obs}), Imagined(seen, reward, torch.zeros(reward.shape, dtype=torch.bool))
+
+
+class Imagine(Contender):
+    name = "Kairos Gym, `imagine`"
+
+    def __init__(self, net: Net, batch: int):
+        self.model = NetDynamics(net)
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        batch = len(start)
+        self.state = self.model.observe(self.model.initial(batch), torch.from_numpy(start)[:, None])
+
+    def play(self, actions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        model, state = self.model, self.state
+        with torch.no_grad():
+            for action in actions:
+                state, imagined = model.imagine(state, action[:, None])
+        self.state = state
+        return imagined.obs[:, 0], imagined.reward
+
+
+class Vector(Contender):
+    name, takes_numpy = "Kairos Gym, `DreamVectorEnv.step` (numpy)", True
+
+    def __init__(self, net: Net, batch: int):
+        self.env = DreamVectorEnv(NetDynamics(net), num_envs=batch)
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        self.env.reset(seed=0, options={"observation": start})
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env = self.env
+        for action in actions:
+            obs, reward, _, _, _ = env.step(action)
+        return obs, reward
+
+
+class VectorTorch(Vector):
+    name, takes_numpy = "Kairos Gym, `DreamVectorEnv.step_torch` (torch)", False
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env = self.env
+        for action in actions:
+            obs, reward, _, _, _ = env.step_torch(action)
+        return obs, reward
+
+
+class Single(Contender):
+    name, takes_numpy, only_one = "Kairos Gym, `DreamEnv.step` (numpy)", True, True
+
+    def __init__(self, net: Net, batch: int):
+        self.env = DreamEnv(NetDynamics(net))
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        self.env.reset(seed=0, options={"observation": start[0]})
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env = self.env
+        for action in actions:
+            obs, reward, _, _, _ = env.step(action)
+        return obs[None], reward
+
+
+# -- mbrl-lib ----------------------------------------------------------------------------------------------------------
+
+
+class NetModel(Model):
+    """The network as ``mbrl.models.ModelEnv`` asks for it."""
+
+    def __init__(self, net: Net):
+        super().__init__("cpu")
+        self.net = net
+
+    def reset(self, obs: NDArray[np.float32], rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"obs": torch.from_numpy(obs)}
+
+    def sample(
+        self,
+        act: Tensor,
+        model_state: dict[str, Tensor],
+        deterministic: bool = False,
+        rng: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, None, dict[str, Tensor]]:
+        obs, reward = self.net(model_state["obs"], act)
+        return obs, reward, None, {"obs": obs}
+
+    def loss(self, model_in: Any, target: Tensor | None = None) -> Any:
+        raise NotImplementedError
+
+    def eval_score(self, model_in: Any, target: Tensor | None = None) -> Any:
+        raise NotImplementedError
+
+
+class Mbrl(Contender):
+    name, takes_numpy = "mbrl-lib, `ModelEnv.step` (numpy)", True
+
+    def __init__(self, net: Net, batch: int):
+        simulator: Any = SimpleNamespace(observation_space=OBSERVATIONS, action_space=ACTIONS)  # all that is read of it
+        self.env = ModelEnv(simulator, NetModel(net), no_termination)
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        self.state = self.env.reset(start, return_as_np=self.takes_numpy)
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env, state = self.env, self.state
+        for action in actions:
+            obs, reward, _, state = env.step(action, state)
+        self.state = state
+        return obs, reward
+
+
+class MbrlTorch(Mbrl):
+    name, takes_numpy = "mbrl-lib, `ModelEnv.step` (torch)", False
+
+
+# -- TorchRL -----------------------------------------------------------------------------------------------------------
+
+
+class NetEnv(ModelBasedEnvBase):
+    """The network as a subclass of TorchRL's base class, the shorter of its two ways."""
+
+    def __init__(self, net: Net, batch_size: Sequence[int] = ()):
+        keys = ["observation", "action"], ["observation", "reward"]
+        super().__init__(TensorDictModule(net, *keys), batch_size=torch.Size(batch_size))
+        self.observation_spec = Composite(observation=Unbounded((*batch_size, OBS)), shape=batch_size)
+        self.action_spec = Bounded(-1.0, 1.0, (*batch_size, ACT))
+        self.reward_spec = Unbounded((*batch_size, 1))
+
+    def _reset(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
+        return tensordict.select("observation")
+
+
+class TorchRL(Contender):
+    name = "TorchRL, `ModelBasedEnvBase.step_and_maybe_reset`"
+
+    def __init__(self, net: Net, batch: int):
+        self.env: EnvBase = NetEnv(net, [batch])
+
+    def reset(self, start: NDArray[np.float32]) -> None:
+        data = TensorDict({"observation": torch.from_numpy(start)}, batch_size=[len(start)], device="cpu")
+        self.now = self.env.reset(data)
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env, now = self.env, self.now
+        with torch.no_grad():
+            for action in actions:
+                now["action"] = action
+                went, now = env.step_and_maybe_reset(now)
+        self.now = now
+        return now["observation"], went["next", "reward"]
+
+
+class TorchRLStep(TorchRL):
+    name = "TorchRL, `ModelBasedEnvBase.step`, `step_mdp`"
+
+    def play(self, actions: Sequence[Any]) -> tuple[Any, Any]:
+        env, now = self.env, self.now
+        with torch.no_grad():
+            for action in actions:
+                now["action"] = action
+                went = env.step(now)
+                now = env.step_mdp(went)
+        self.now = now
+        return now["observation"], went["next", "reward"]
+
+
+class TorchRLWorld(TorchRL):
+    name = "TorchRL, `WorldModelEnv.step_and_maybe_reset`"
+
+    def __init__(self, net: Net, batch: int):
+        keys = ["observation", "action"], [("next", "observation"), ("next", "reward")]
+        nothing = TensorDictSequential()  # no encoder, and the reward comes with the dynamics
+        model = WorldModel(nothing, TensorDictModule(net, *keys), nothing)
+        like = NetEnv(net)
+        # All that is read of it. Its plain specs would do for actions [1] only: they can't be expanded to [B,A].
+        specs: Any = SimpleNamespace(
+            batch_size=like.batch_size,
+            device=like.device,
+            observation_spec=like.observation_spec,
+            action_spec=like.full_action_spec,
+            reward_spec=like.full_reward_spec,
+            done_spec=like.full_done_spec,
+        )
+        self.env = WorldModelEnv(model, specs, batch_size=[batch], latent_key="observation")
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+CONTENDERS = (Bare, Imagine, Vector, VectorTorch, Single, Mbrl, MbrlTorch, TorchRL, TorchRLStep, TorchRLWorld)
+
+
+class Setting:
+    """All contenders with B rows, and the start and actions that they are given."""
+
+    def __init__(self, net: Net, batch: int, steps: int):
+        rng = np.random.default_rng(batch)
+        self.batch, self.steps = batch, steps
+        self.start = rng.standard_normal((batch, OBS), dtype=np.float32)
+        self.actions = [rng.uniform(-1, 1, (batch, ACT)).astype(np.float32) for _ in range(steps)]
+        self.tensors = [torch.from_numpy(action) for action in self.actions]
+        self.contenders = [kind(net, batch) for kind in CONTENDERS if batch == 1 or not kind.only_one]
+
+    def given(self, contender: Contender) -> list[Any]:
+        if contender.only_one:
+            return [action[0] for action in self.actions]
+        return self.actions if contender.takes_numpy else self.tensors
+
+    def check(self, steps: int = 5) -> None:
+        """Raises AssertionError where two contenders don't dream the same."""
+        said: Any = None
+        for contender in self.contenders:
+            contender.reset(self.start.copy())
+            obs, reward = contender.play(self.given(contender)[:steps])
+            obs, reward = np.array(obs), np.array(reward).reshape(self.batch)
+            said = said or (obs, reward)
+            assert obs.shape == (self.batch, OBS) and not np.allclose(obs, self.start, atol=1e-4)
+            for mine, first in zip((obs, reward), said, strict=True):
+                np.testing.assert_allclose(mine, first, rtol=1e-5, atol=1e-6, err_msg=contender.name)
+
+    def seconds(self, contender: Contender) -> float:
+        """CPU time of a step of all rows."""
+        actions = self.given(contender)
+        contender.reset(self.start.copy())
+        contender.play(actions[:5])
+        begun = time.thread_time()
+        contender.play(actions)
+        return (time.thread_time() - begun) / len(actions)
+
+
+def measure(settings: Sequence[Setting], rounds: int) -> dict[tuple[str, int], list[float]]:
+    """(contender, B) -> the seconds of a step in each round."""
+    took: dict[tuple[str, int], list[float]] = {}
+    gc.disable()  # as timeit does
+    for r in range(rounds):
+        for setting in settings:
+            turn = r % len(setting.contenders)
+            for contender in setting.contenders[turn:] + setting.contenders[:turn]:
+                took.setdefault((contender.name, setting.batch), []).append(setting.seconds(contender))
+            gc.collect()
+    gc.enable()
+    return took
+
+
+def table(took: dict[tuple[str, int], list[float]], batches: Sequence[int]) -> str:
+    """Medians over the rounds, as Markdown."""
+    lines = [
+        "| env steps per CPU-second (of the bare network's; µs a call beyond it) |"
+        + "".join(f" B={b} |" for b in batches),
+        "| --- |" + " --- |" * len(batches),
+    ]
+    for name in (kind.name for kind in CONTENDERS):
+        cells = []
+        for b in batches:
+            if (name, b) not in took:
+                cells.append("")
+                continue
+            pairs = list(zip(took[name, b], took[Bare.name, b], strict=True))
+            rate = b / median(mine for mine, _ in pairs)
+            ratio, more = median(bare / mine for mine, bare in pairs), 1e6 * median(mine - bare for mine, bare in pairs)
+            cells.append(f"{rate:,.0f} ({ratio:.2f}; {more:.0f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    cpu = named[0].partition(":")[2].strip() if named else platform.processor()
+    packages = ("torch", "numpy", "gymnasium", "mbrl", "torchrl", "tensordict")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{cpu}, one thread; {date.today()}; Python {platform.python_version()}, {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = Net().eval()
+    settings = [Setting(net, batch, steps) for batch, steps in ((1, 200), (64, 80), (1024, 10))]
+    for setting in settings:
+        setting.check()
+    took = measure(settings, rounds)
+    print(table(took, [setting.batch for setting in settings]))
+    print(f"\n{rounds} rounds. {machine()}.")
+
+
+if __name__ == "__main__":
+    main()
