@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from kairos_gym.bench_env import endurance, env
 from kairos_gym.compare import open_loop
 from kairos_gym.models import load
 from kairos_gym.plan import plan
@@ -159,12 +160,4 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.3g}"
 
 
-if __name__ == "__main__":
-    import tyro
-
-    torch.set_num_threads(1)
-    measured = tyro.extras.subcommand_cli_from_dict(
-        {"models": models, "memory": memory, "control": control, "table": table}
-    )
-    if measured is not None:
-        keep(measured)
+COMMANDS = {f.__name__: f for f in (models, memory, control, env, endurance, table)}

@@ -204,7 +204,11 @@ def info() -> None:
     print("\nh1, h8, h64: open-loop NRMSE on test episodes after 1, 8 and 64 steps, RMS and (median) over trajectories")
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info)}
+def bench() -> None:
+    """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
+
+
+COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info, bench)}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -215,7 +219,15 @@ def main(args: Sequence[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
+    args = sys.argv[1:] if args is None else list(args)
     try:
+        if args[:1] == ["bench"]:
+            from kairos_gym import bench as benches
+
+            measured = tyro.extras.subcommand_cli_from_dict(benches.COMMANDS, prog="kairos bench", args=args[1:])
+            if measured is not None:
+                benches.keep(measured)
+            return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="kairos",

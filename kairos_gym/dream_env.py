@@ -134,12 +134,12 @@ class DreamEnv(gym.Env[Any, Any]):
         (obs, reward), (terminated, truncated, lost) = step.arrays(), step.ends
         info: dict[str, Any] = {
             "imagined": {
-                "obs": step.inner.obs[0].copy(),  # the dream keeps its own
+                "obs": step.inner.obs[0],
                 "reward": step.inner.reward[0],
                 "terminated": step.inner.terminated[0],
             }
         }
-        if lost[0]:
+        if not step.is_plain and lost[0]:
             info["non_finite"] = True
         return dreams.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 

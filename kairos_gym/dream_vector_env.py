@@ -287,7 +287,7 @@ def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
     """What a step tells beside its outcome, of the dreams that ``mask`` says, in Gymnasium's form."""
     obs, reward, ends = step.inner
     inner = {
-        "obs": obs.copy(),  # the dreams keep their own
+        "obs": obs,
         "_obs": mask,
         "reward": reward,
         "_reward": mask,
@@ -295,7 +295,7 @@ def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
         "_terminated": mask,
     }
     infos: dict[str, Any] = {"imagined": inner, "_imagined": mask}
-    if np.count_nonzero(step.ends.lost):
+    if not step.is_plain and step.ends.lost.any():
         lost = step.ends.lost & mask
         infos |= {"non_finite": lost, "_non_finite": lost}
     return infos

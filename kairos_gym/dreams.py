@@ -30,22 +30,27 @@ Rows = NDArray[np.int64]
 class Inner(NamedTuple):
     """``Imagined`` in numpy, its memory shared on the CPU."""
 
-    obs: Any  # [R,K,O] or None
+    obs: Any  # [R,K,O] or None; read-only, for the dreams keep it
     reward: NDArray[Any]  # [R,K]
     terminated: NDArray[np.bool_]  # [R,K]
 
     @classmethod
     def of(cls, imagined: Imagined) -> Inner:
         obs, reward, ends = imagined
-        return cls(None if obs is None else obs.numpy(force=True), reward.numpy(force=True), ends.numpy(force=True))
+        frames = None
+        if obs is not None:
+            frames = obs.numpy(force=True)
+            frames.flags.writeable = False
+        return cls(frames, reward.numpy(force=True), ends.numpy(force=True))
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing ends and all is finite; told fast, and not of numbers whose squares are infinite."""
-        size = np.vdot(self.reward, self.reward)
-        if self.obs is not None:
-            size = size + np.vdot(self.obs, self.obs)
-        return math.isfinite(size) and not np.count_nonzero(self.terminated)
+        obs, reward, ends = self
+        size = np.vdot(reward, reward)
+        if obs is not None:
+            size = size + np.vdot(obs, obs)
+        return math.isfinite(size) and not np.count_nonzero(ends)
 
 
 class Ends(NamedTuple):
@@ -70,6 +75,11 @@ class Step:
         """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
         self.imagined, self.inner, self.ends = imagined, inner, ends
         self._obs, self._reward = obs, reward
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all inner steps count, and so nothing ended."""
+        return self._reward is None
 
     @property
     def obs(self) -> Tensor | None:
@@ -332,7 +342,9 @@ class Dreams:
         """Actions of ``rows`` dreams, of the action space and in its dtype -> [R,K,A]."""
         if self._is_discrete:
             played = flatten(self.model.spec.action_space, played)
-        vectors = torch.from_numpy(played.reshape(rows, self.chunk, -1).astype(np.float32, copy=False))
+        vectors = torch.from_numpy(
+            played.reshape(rows, self.chunk, -1).astype(np.float32)
+        )  # a copy: a state may keep it
         return vectors if self.device.type == "cpu" else vectors.to(self.device)
 
     def allow(self, actions: Tensor) -> bool:

@@ -183,7 +183,8 @@ def test_what_is_handed_out_is_not_the_state() -> None:
     obs, _, _, _, info = env.step(ONE)
     same.step(ONE)
     obs[:] = 7
-    info["imagined"]["obs"][:] = 7
+    with pytest.raises(ValueError, match="read-only"):
+        info["imagined"]["obs"][:] = 7
     assert np.array_equal(env.step(ONE)[0], same.step(ONE)[0])
 
 

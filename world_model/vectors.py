@@ -62,7 +62,7 @@ def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
 class ActionCheck:
     """What an action of ``space`` has to be: a Box of real numbers, or a Discrete, a MultiDiscrete or a batch of them.
 
-    Called with an action it gives a copy in the space's dtype. Nothing is clipped, rounded or guessed: it raises
+    Called with an action it gives an array of the space's dtype. Nothing is clipped, rounded or guessed: it raises
     TypeError for what isn't made of real (or whole) numbers, ValueError for a wrong shape, a NaN or infinity, and one
     out of range.
     """
@@ -84,18 +84,17 @@ class ActionCheck:
         self.low, self.high = np.broadcast_arrays(low, high)
 
     def __call__(self, action: Any) -> NDArray[Any]:
-        given = np.asarray(action)
-        if given.dtype.kind not in ("fiu" if self.real else "iu"):
-            kind = "real" if self.real else "whole"
-            raise TypeError(f"actions must be {kind} numbers, {self.dtype} {self.shape}, got {given.dtype}: {action!r}")
-        if given.shape != self.shape:
-            raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
-        if given.dtype == self.dtype:
-            played = given.copy()
-        else:
+        given = played = np.asarray(action)
+        if given.dtype is not self.dtype:
+            if given.dtype.kind not in ("fiu" if self.real else "iu"):
+                kind = "real" if self.real else "whole"
+                form = f"{self.dtype} {self.shape}"
+                raise TypeError(f"actions must be {kind} numbers, {form}, got {given.dtype}: {action!r}")
             with np.errstate(over="ignore"):
                 # Before it is compared: 1 + 1e-12 in float64 is no other action than 1.
                 played = given.astype(self.dtype)
+        if given.shape != self.shape:
+            raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
         good = (played >= self.low) & (played <= self.high)
         if np.count_nonzero(good) < good.size:
             at = tuple(int(i) for i in np.argwhere(~good)[0])

@@ -1,0 +1,159 @@
+"""What a step of the env costs beside the network that it wraps, and whether it stays the same for 100,000 steps."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from kairos_gym.dream_env import DreamEnv
+from kairos_gym.dream_vector_env import DreamVectorEnv
+from kairos_gym.models import load
+from kairos_gym.report import Cell, as_text, machine
+from world_model.contract import Imagined, Spec
+from world_model.state import LatentState
+
+SIZES = {1: 1000, 16: 600, 64: 300, 256: 100, 1024: 30}  # dreams: steps in a round
+ROUNDS = 9
+
+
+class TinyMLP:
+    """Two hidden layers of 256 behind the ``Dynamics`` verbs: observation 17 and action 6, as HalfCheetah has them."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(23, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 18)]
+        self.net = nn.Sequential(*layers).requires_grad_(False)
+        self.spec = Spec(spaces.Box(-np.inf, np.inf, (17,)), spaces.Box(-1, 1, (6,)), 1, 1.0)
+        self.starts = SimpleNamespace(obs=torch.zeros(1, 1, 17), actions=torch.zeros(1, 1, 6))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The bare network: obs [B,1,O], actions [B,1,A] -> the next obs [B,1,O], reward [B,1]."""
+        out = self.net(torch.cat([obs, actions], -1))
+        return obs + 0.01 * out[..., :17], out[..., 17]
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        return LatentState({"obs": torch.zeros(batch, 1, 17)})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        return LatentState({"obs": obs[:, -1:]})
+
+    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+        obs, reward = self.forward(state["obs"], actions)
+        return LatentState({"obs": obs}), Imagined(obs, reward, torch.zeros(reward.shape, dtype=torch.bool))
+
+
+def env(model: str | None = None) -> dict[str, Any]:
+    """Steps a CPU-second of the env beside those of the bare network, by turns in one run; medians of 9 rounds.
+
+    Args:
+        model: a shipped model or a folder; left out, a tiny MLP (2x256)
+    """
+    rows = [_row(load(model) if model else TinyMLP(), batch, steps) for batch, steps in SIZES.items()]
+    names = [name for name in rows[-1] if name != "dreams"]
+    cells: list[list[Cell]] = [
+        [row["dreams"]] + [f"{row[name]:,.0f} ({row[name] / row[names[0]]:.0%})" for name in names] for row in rows
+    ]
+    print(as_text(["dreams", *names], cells))
+    return {"bench": "env", "model": model or "MLP 2x256", "rows": rows, "machine": machine()}
+
+
+def _row(model: Any, batch: int, steps: int) -> dict[str, Any]:
+    vector, single = DreamVectorEnv(model, batch, max_episode_steps=10**9), DreamEnv(model, max_episode_steps=10**9)
+    steps = steps if isinstance(model, TinyMLP) else max(3, steps // 30)
+    played = np.random.default_rng(0).uniform(-1, 1, vector.action_space.shape or ()).astype(np.float32)
+    low, high = model.spec.action_box.low, model.spec.action_box.high
+    played = (low + (played + 1) / 2 * (high - low)).astype(np.float32)
+    actions = torch.from_numpy(played)
+    vector.reset(seed=0)
+    single.reset(seed=0)
+    begun = vector.state
+
+    def network() -> None:
+        obs, chunk = begun["obs"], actions[:, None]
+        for _ in range(steps):
+            obs, _ = model.forward(obs, chunk)
+
+    def imagine() -> None:
+        state, chunk = begun, actions[:, None]
+        for _ in range(steps):
+            state, _ = model.imagine(state, chunk)
+
+    def vector_step() -> None:
+        for _ in range(steps):
+            vector.step(played)
+
+    def torch_step() -> None:
+        for _ in range(steps):
+            vector.step_torch(actions)
+
+    def single_step() -> None:
+        for _ in range(steps):
+            single.step(played[0])
+
+    runs: dict[str, Callable[[], None]] = {"network": network} if isinstance(model, TinyMLP) else {}
+    runs |= {"imagine": imagine, "DreamVectorEnv.step": vector_step, "step_torch": torch_step}
+    if batch == 1:
+        runs["DreamEnv.step"] = single_step
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            bare = name in ("network", "imagine")
+            with torch.set_grad_enabled(not bare):  # as people call them: the envs see to it themselves
+                began = time.thread_time()
+                run()
+                seconds[name].append(time.thread_time() - began)
+    return {"dreams": batch} | {name: batch * steps / statistics.median(times) for name, times in seconds.items()}
+
+
+def endurance(model: str | None = None, dreams: int = 64, steps: int = 100_000) -> dict[str, Any]:
+    """Many steps of many dreams: the bytes of their state, resident memory, and what a step costs early and late.
+
+    Args:
+        model: a shipped model or a folder; left out, a tiny MLP (2x256)
+        dreams: how many side by side
+        steps: how many of each
+    """
+    vector = DreamVectorEnv(load(model) if model else TinyMLP(), dreams, max_episode_steps=1000)
+    vector.reset(seed=0)
+    vector.action_space.seed(0)
+    actions = [vector.action_space.sample() for _ in range(64)]
+    size, edge = vector.state.nbytes, max(1, steps // 100)
+    seconds, memory, finite = [], [], True
+    for done in range(0, steps, edge):
+        began = time.thread_time()
+        for i in range(edge):
+            obs, *_ = vector.step(actions[(done + i) % len(actions)])
+        seconds.append((time.thread_time() - began) / edge)
+        finite &= bool(np.isfinite(obs).all())
+        memory.append(_resident())
+    row = {
+        "bench": "endurance",
+        "model": model or "MLP 2x256",
+        "dreams": dreams,
+        "steps": steps,
+        "state_bytes": (size, vector.state.nbytes),
+        "resident_mb": (memory[len(memory) // 10], memory[-1]),
+        "ms_a_step": (1000 * seconds[0], 1000 * statistics.median(seconds), 1000 * seconds[-1]),
+        "finite": finite,
+        "machine": machine(),
+    }
+    return row
+
+
+def _resident() -> float:
+    """Resident memory in MB: now where the kernel tells, else the most so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
