@@ -69,7 +69,7 @@ def train(
         out: the folder to write the model to
         pattern: the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule
         chunk: the longest number of steps that one call imagines
-        draft: begin with the Markov draft; without it, the plain transformer
+        draft: begin with the draft; without it, the plain transformer
         draft_steps: updates of the draft
         steps: updates of the transformer
         held_out: how many episodes at the end of the dataset to leave for compare

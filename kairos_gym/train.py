@@ -34,7 +34,7 @@ def train(
 
     pattern: the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule.
     chunk: the longest number of steps that one call imagines.
-    draft: begin with the Markov draft; without it, the plain transformer.
+    draft: begin with the draft; without it, the plain transformer.
     draft_steps, steps: optimiser updates of the draft and of the transformer.
 
     The card names simulator, data and call, and holds the open-loop errors on the held-out episodes after 1, 8 and 64

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from safetensors.torch import load_file
 from tiny import dreamt
 from torch import Tensor
@@ -212,3 +213,17 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=0, hide=True), SHORT, out=tmp_path, progress=False)
     with pytest.raises(ValueError, match="hold no step"):
         fit(TINY, box_spec(2, 1, chunk=2), spring(5, steps=0, seed=0), SHORT, out=tmp_path, progress=False)
+
+
+def test_a_bound_that_is_overshot_costs_nothing(tmp_path: Path) -> None:
+    """What a dream would cut off teaches the draft nothing; short of the bound it is drawn there."""
+    stuck = [(np.full((9, 1), 2.0), np.zeros((8, 1)), np.zeros(8), np.zeros(8, bool))]
+    spec = replace(box_spec(1, 1), observation_space=spaces.Box(-2.0, 2.0, (1,), np.float32))
+    for reach, learns in ((0.5, False), (-0.5, True)):
+        model = WorldModel(WorldModelConfig(1, 1, **SMALL | {"chunk": 8}), spec)
+        run = Run(model, Episodes.stack(stuck), SHORT, tmp_path, "")
+        assert model.draft is not None
+        model.draft.leave.bias.data[0] = reach
+        run._draft_losses()["draft"].backward()
+        grad = model.draft.leave.bias.grad
+        assert grad is not None and (grad[0] != 0) == learns

@@ -35,7 +35,7 @@ def evidence(model: WorldModel, batch: int, frames: int, seed: int = 0) -> tuple
 
 
 def memory_of(state: LatentState) -> dict[str, Tensor]:
-    return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs")}
+    return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs", "before")}
 
 
 def assert_same(a: LatentState, b: LatentState, **tolerance: Any) -> None:
@@ -46,7 +46,8 @@ def assert_same(a: LatentState, b: LatentState, **tolerance: Any) -> None:
 
 def denoise(model: WorldModel, state: LatentState, z: Tensor, s: float, play: Tensor) -> tuple[Tensor, Tensor]:
     """z [B,K,O] and scaled actions [B,K,A] onto a memory -> residual [B,K,O], features [B,K,P*D]."""
-    guess = Guess(*(x[:, None] for x in model.guess(model.scaling.obs(state["obs"]), play)))
+    before = model.scaling.obs(state["before"]) if "before" in state.tensors else None
+    guess = Guess(*(x[:, None] for x in model.guess(model.scaling.obs(state["obs"]), play, before)))
     level = torch.full((1, 1, 1, 1), s, dtype=z.dtype)
     layout = Layout(0, (0,), z.shape[1])
     residual, features, _ = model.refine(
@@ -68,13 +69,13 @@ def denoise(model: WorldModel, state: LatentState, z: Tensor, s: float, play: Te
     cuts=st.sets(st.integers(1, 20), max_size=4),
     batch=st.integers(1, 3),
     s=st.floats(0.01, 1),
-    draft=st.booleans(),
+    draft=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=80)
 def test_streamed_is_trained(
     pattern: str, tokens: int, window: int, dilation: int, taps: int, k: int, spare: int, history: int,
-    starts: set[int], cuts: set[int], batch: int, s: float, draft: bool, seed: int,
+    starts: set[int], cuts: set[int], batch: int, s: float, draft: int, seed: int,
 ) -> None:  # fmt: skip
     model = tiny_model(
         pattern,
@@ -83,7 +84,8 @@ def test_streamed_is_trained(
         dilation=dilation,
         taps=taps,
         chunk=k + spare,
-        draft=draft,
+        draft=draft > 0,
+        draft_frames=max(draft, 1),
         seed=seed,
         dtype=torch.float64,
     )
@@ -95,7 +97,8 @@ def test_streamed_is_trained(
     frames = max(history, *starts)
     scaled, scaled_act = model.scaling.obs(obs), model.scaling.action(act)
     play = torch.stack([scaled_act[:, t : t + k] for t in begins], 1)
-    guess = model.guess(torch.stack([scaled[:, t - 1] for t in begins], 1), play)
+    start, before = (torch.stack([scaled[:, max(t - n, 0)] for t in begins], 1) for n in (1, 2))
+    guess = model.guess(start, play, before)
     first = (torch.arange(frames) == 0).expand(batch, -1)
     clean = (scaled[:, :frames], scaled_act[:, :frames], first)
     level = torch.full((1, 1, 1, 1), s, dtype=torch.float64)
@@ -120,10 +123,13 @@ def test_streamed_is_trained(
     history=st.integers(1, 12),
     sampled=st.booleans(),
     steps=st.integers(1, 3),
+    frames=st.integers(1, 2),
 )
 @settings(max_examples=25)
-def test_imagine_by_hand(pattern: str, tokens: int, k: int, history: int, sampled: bool, steps: int) -> None:
-    model = tiny_model(pattern, tokens=tokens, dtype=torch.float64)
+def test_imagine_by_hand(
+    pattern: str, tokens: int, k: int, history: int, sampled: bool, steps: int, frames: int
+) -> None:
+    model = tiny_model(pattern, tokens=tokens, draft_frames=frames, dtype=torch.float64)
     obs, act = evidence(model, 2, history + k)
     state = model.observe(model.initial(2, torch.tensor([5, -6])), obs[:, :history], act[:, :history])
     after, imagined = model.imagine(state, act[:, history:], sampled=sampled, flow_steps=steps)
@@ -137,7 +143,7 @@ def test_imagine_by_hand(pattern: str, tokens: int, k: int, history: int, sample
     for s, below in itertools.pairwise(levels):
         clean, features = denoise(model, state, z, s, play)
         z = clean + (z - clean) * below / s
-    guess = model.guess(start, play)
+    guess = model.guess(start, play, model.scaling.obs(obs[:, max(history - 2, 0)]))
     scaled = guess.mean + guess.scale * z
     torch.testing.assert_close(dreamt(imagined), model.scaling.raw_obs(scaled), **TIGHT)
     outcome = model.judge(torch.cat([start[:, None], scaled[:, :-1]], 1), play, scaled, features)
@@ -145,6 +151,18 @@ def test_imagine_by_hand(pattern: str, tokens: int, k: int, history: int, sample
     torch.testing.assert_close(imagined.reward, reward, **TIGHT)
     assert torch.equal(imagined.terminated, outcome[..., 1] > 0)
     assert_same(after, model.observe(state, dreamt(imagined), act[:, history:]), **TIGHT)
+
+
+def test_a_dream_stays_within_the_bounds() -> None:
+    """Where an observation's bound is met is also where the next step begins."""
+    model = tiny_model(dtype=torch.float64)
+    obs, act = evidence(model, 4, 9)
+    state = model.observe(model.initial(4), obs[:, :5], act[:, :5])
+    free = dreamt(model.imagine(state, act[:, 5:])[1])
+    model.scaling.obs_high[0] = bound = free[..., 0].median()
+    after, imagined = model.imagine(state, act[:, 5:])
+    assert (free[..., 0] > bound + 1e-3).any() and (dreamt(imagined)[..., 0] <= bound + 1e-9).all()
+    assert_same(after, model.observe(state, dreamt(imagined), act[:, 5:]), **TIGHT)
 
 
 @given(pattern=PATTERNS, tokens=st.integers(1, 2), ages=st.lists(st.integers(1, 9), min_size=2, max_size=4))

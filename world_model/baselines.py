@@ -60,7 +60,7 @@ class Ensemble(nn.Module):
         obs, dreamed, gained = self.scaling.obs(state["obs"]), [], []
         for action in self.scaling.action(actions).unbind(1):
             mean = self(*(x.expand(self.members, *x.shape) for x in (obs, action)))[0].mean(0)
-            obs = obs + mean[:, :-1] * self.scaling.step_std
+            obs = self.scaling.limit(obs + mean[:, :-1] * self.scaling.step_std)
             dreamed.append(self.scaling.raw_obs(obs))
             gained.append(mean[:, -1] * self.scaling.reward_std + self.scaling.reward_mean)
         reward = torch.stack(gained, 1)

@@ -31,6 +31,7 @@ class WorldModelConfig:
     dilation: int = 4  # D layers see the frames at t-d, t-2d, ..., t-taps*d
     taps: int = 4
     draft: bool = True
+    draft_frames: int = 1  # 2: the draft also sees how the last frame came about, for what one frame leaves ambiguous
     draft_width: int = 96
     draft_blocks: int = 3
 
@@ -43,6 +44,8 @@ class WorldModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+        if self.draft_frames > 2:
+            raise ValueError(f"draft_frames must be 1 or 2, got {self.draft_frames}")
         if self.head_dim < 2:
             raise ValueError(f"head_dim must be at least 2 (the delta rule's norm needs it), got {self.head_dim}")
 

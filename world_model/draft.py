@@ -1,10 +1,12 @@
-"""The Markov draft, a one-step guess with its variance which the transformer refines, and what a step yields."""
+"""The draft, a one-step guess with its variance which the transformer refines, and what a step yields."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from world_model.tokens import Scaling
 
 
 class GatedBlock(nn.Module):
@@ -22,29 +24,38 @@ class GatedBlock(nn.Module):
 class Draft(nn.Module):
     """f(o, a) -> mean and log-variance of the scaled change of a normalised observation.
 
-    Each dimension's change is scaled by its usual size, ``step_std`` [O] in normalised units.
+    Each dimension's change is scaled by its usual size, ``step_std`` [O] in normalised units. With two ``frames`` it
+    is f(o, a, c), where c is the scaled change that led to o.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, width: int, blocks: int):
+    def __init__(self, obs_dim: int, action_dim: int, width: int, blocks: int, frames: int = 1):
         super().__init__()
-        self.enter = nn.Linear(obs_dim + action_dim, width)
+        self.frames = frames
+        self.enter = nn.Linear(frames * obs_dim + action_dim, width)
         self.blocks = nn.Sequential(*(GatedBlock(width) for _ in range(blocks)))
         self.leave = nn.Linear(width, 2 * obs_dim)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean, log-variance [...,O] of change / step_std."""
-        mean, log_var = self.leave(self.blocks(self.enter(torch.cat([obs, action], -1)))).chunk(2, -1)
+    def forward(self, obs: Tensor, action: Tensor, came: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean, log-variance [...,O] of change / step_std.
+
+        came [...,O]: the change that led to obs, over step_std too; zero where it isn't known.
+        """
+        seen = [obs, action, came] if self.frames > 1 else [obs, action]
+        mean, log_var = self.leave(self.blocks(self.enter(torch.cat(seen, -1)))).chunk(2, -1)
         return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
 
-    def unroll(self, obs: Tensor, actions: Tensor, step_std: Tensor) -> tuple[Tensor, Tensor]:
-        """From obs [B,O] through actions [B,K,A] -> the guessed observations and their variances, both [B,K,O]."""
+    def unroll(self, obs: Tensor, actions: Tensor, before: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        """From obs [B,O] through actions [B,K,A] -> the guessed observations and their variances, both [B,K,O].
+
+        before [B,O]: the observation before obs; obs itself where that isn't known.
+        """
         means, variances, variance = [], [], torch.zeros_like(obs)
         for action in actions.unbind(1):
-            mean, log_var = self(obs, action)
-            obs = obs + step_std * mean
-            variance = variance + step_std.square() * log_var.exp()
+            mean, log_var = self(obs, action, (obs - before) / scaling.step_std)
+            before, obs = obs, scaling.limit(obs + scaling.step_std * mean)
+            variance = variance + scaling.step_std.square() * log_var.exp()
             means.append(obs)
             variances.append(variance)
         return torch.stack(means, 1), torch.stack(variances, 1)

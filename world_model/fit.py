@@ -223,8 +223,15 @@ class Run:
         outcome = model.judge(before, action, after, None)
         losses = self._outcome_losses(outcome, data.reward[rows], data.terminated[rows], torch.ones(len(rows)))
         if model.draft is not None:
-            mean, log_var = model.draft(before, action)
-            losses["draft"] = beta_nll(mean, log_var, (after - before) / model.scaling.step_std)
+            # Now and then what came before is kept back, since a dream may begin anywhere.
+            known = (data.index[rows] > 1) & (torch.rand(len(rows), generator=self.generator) > 1 / 16)
+            came = (before - model.scaling.obs(data.obs[rows - 1 - known.long()])) / model.scaling.step_std
+            mean, log_var = model.draft(before, action, came)
+            change = (after - before) / model.scaling.step_std
+            # What goes beyond a bound is cut off in a dream, so where the truth lies on the bound that is no error.
+            # (Pendulum's velocity stops dead at its limit: without this the draft spends itself on that corner.)
+            met = model.scaling.limit(before + model.scaling.step_std * mean) == after
+            losses["draft"] = beta_nll(torch.where(met, change, mean), log_var, change)
         return losses
 
     def _memory_losses(self, chunk: int) -> dict[str, Tensor]:
@@ -240,7 +247,8 @@ class Run:
             for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
         )
         with torch.no_grad():
-            guess = model.guess(before[:, :, 0], play)
+            earlier = obs[:, [max(start - 1, 0) for start in range(0, frames, chunk)]]
+            guess = model.guess(before[:, :, 0], play, earlier)
             clean = (target - guess.mean) / guess.scale
             # Half of the chunks practise the mean dream: all noise, but from zero, the noise's mean.
             mean = torch.rand(*clean.shape[:2], 1, 1, generator=g) < 0.5
@@ -276,7 +284,8 @@ class Run:
         at = self.windows[torch.randint(len(self.windows), (4096,), generator=g)]
         obs, actions, _, _, valid = data.windows(at, k + 1)
         obs = model.scaling.obs(obs)
-        wrong = (obs[:, 1:] - model.guess(obs[:, 0], model.scaling.action(actions[:, 1:])).mean).square()
+        earlier = model.scaling.obs(data.obs[at - (data.index[at] > 0).long()])
+        wrong = (obs[:, 1:] - model.guess(obs[:, 0], model.scaling.action(actions[:, 1:]), earlier).mean).square()
         weight = valid[:, 1:, None].float()
         model.error.copy_(((wrong * weight).sum(0) / weight.sum(0)).sqrt().clamp_min(1e-5))
 

@@ -70,7 +70,9 @@ class WorldModel(nn.Module):
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
         self.draft = (
-            Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks) if config.draft else None
+            Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks, config.draft_frames)
+            if config.draft
+            else None
         )
         self.outcome = Outcome(config.obs_dim, config.action_dim, config.draft_width)
         self.outcome_memory = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
@@ -92,6 +94,8 @@ class WorldModel(nn.Module):
             raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)} of {seeds.dtype}")
         seeds = seeds.to(like.device, torch.int64, copy=True)
         own = {"seed": seeds, "age": torch.zeros_like(seeds), "obs": like.new_zeros(batch, self.config.obs_dim)}
+        if self.config.draft_frames > 1:
+            own["before"] = torch.zeros_like(own["obs"])
         return LatentState({**own, **self.trunk.empty(batch, like)})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
@@ -133,8 +137,9 @@ class WorldModel(nn.Module):
             raise ValueError("imagine needs a dream that has seen something: call observe first")
         act = self.scaling.action(actions.to(self.error))
         start = self.scaling.obs(state["obs"])
+        before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
         k = act.shape[1]
-        guess = Guess(*(x[:, None] for x in self.guess(start, act)))
+        guess = Guess(*(x[:, None] for x in self.guess(start, act, before)))
         memory = self._memory(state)
         hidden = start
 
@@ -150,7 +155,7 @@ class WorldModel(nn.Module):
             step = state["age"][:, None] + torch.arange(k, device=act.device)
             z = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim, dtype=z.dtype)[:, None]
         z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
-        scaled = (guess.mean + guess.scale * z)[:, 0]
+        scaled = self.scaling.limit(guess.mean + guess.scale * z)[:, 0]
         obs = self.scaling.raw_obs(scaled)
         before = torch.cat([start[:, None], scaled[:, :-1]], 1)
         outcome = self.judge(before, act, scaled, hidden[:, 0])
@@ -160,14 +165,20 @@ class WorldModel(nn.Module):
 
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 
-    def guess(self, start: Tensor, actions: Tensor) -> Guess:
-        """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves."""
+    def guess(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> Guess:
+        """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves.
+
+        before [...,O]: the observations before the start; None where they aren't known.
+        """
         k = actions.shape[-2]
         error = self.error[:k]
         if self.draft is None:
             mean = start[..., None, :].expand(*start.shape[:-1], k, -1)
             return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), error.expand_as(mean))
-        mean, variance = self.draft.unroll(start.flatten(0, -2), actions.flatten(0, -3), self.scaling.step_std)
+        before = start if before is None else before
+        mean, variance = self.draft.unroll(
+            start.flatten(0, -2), actions.flatten(0, -3), before.flatten(0, -2), self.scaling
+        )
         mean = mean.unflatten(0, start.shape[:-1])
         std = variance.sqrt().unflatten(0, start.shape[:-1])
         # The geometric middle between what the draft expects here and what it gets wrong on the whole.
@@ -211,11 +222,15 @@ class WorldModel(nn.Module):
         first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
         world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
         _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
-        return LatentState({"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone(), **memory})
+        own = {"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone()}
+        if "before" in state.tensors:  # a first frame came from nowhere: it stands for the one before it too
+            earlier = torch.where(first[:, :1], obs[:, 0], state["obs"])
+            own["before"] = earlier if frames == 1 else obs[:, -2].clone()
+        return LatentState({**own, **memory})
 
     @staticmethod
     def _memory(state: LatentState) -> Memory:
-        return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs")}
+        return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs", "before")}
 
     def _expect(self, name: str, x: Tensor, batch: int, frames: int | None, size: int) -> None:
         good = isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == batch and x.shape[2] == size and x.shape[1] > 0

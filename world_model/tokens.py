@@ -16,6 +16,8 @@ class Scaling(nn.Module):
     obs_mean: Tensor
     obs_std: Tensor
     step_std: Tensor  # [O] the usual size of one step's change, in normalised units
+    obs_low: Tensor  # [O] bounds of the observation space, infinite where it has none
+    obs_high: Tensor
     action_low: Tensor
     action_high: Tensor
     reward_mean: Tensor
@@ -32,6 +34,8 @@ class Scaling(nn.Module):
             raise ValueError(f"every action needs some room between its bounds, got {act}")
         for name, bound in (("action_low", act.low), ("action_high", act.high)):
             self.register_buffer(name, torch.as_tensor(bound, dtype=torch.float32).clone())
+        for name, bound in (("obs_low", obs.low), ("obs_high", obs.high)):
+            self.register_buffer(name, torch.as_tensor(bound, dtype=torch.float32).clone(), persistent=False)
         self.register_buffer("obs_mean", torch.zeros(obs.shape))
         self.register_buffer("obs_std", torch.ones(obs.shape))
         self.register_buffer("step_std", torch.ones(obs.shape))
@@ -54,6 +58,10 @@ class Scaling(nn.Module):
 
     def raw_obs(self, scaled: Tensor) -> Tensor:
         return scaled * self.obs_std + self.obs_mean
+
+    def limit(self, scaled: Tensor) -> Tensor:
+        """Normalised observations cut off at the bounds of the observation space."""
+        return scaled.clamp(self.obs(self.obs_low), self.obs(self.obs_high))
 
     def action(self, raw: Tensor) -> Tensor:
         """[...,A] within the action bounds -> [-1,1]."""
