@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import subprocess
 import sys
@@ -216,6 +217,17 @@ def test_play_gives_the_planner_every_inner_step() -> None:
         for e in range(2):
             assert np.array_equal(inner[e], run.observations[e][end - 2 : end + 1])
             assert np.array_equal(obs[e], inner[e, -1])
+
+
+def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kairos_gym.bench_env.SIZES", {1: 2, 3: 2})
+    main(["bench", "env"])
+    said = capsys.readouterr().out
+    assert "DreamVectorEnv.step" in said and (tmp_path / "reports" / "bench.jsonl").read_text().count("\n") == 1
+    main(["bench", "endurance", "--model", "pendulum", "--dreams", "2", "--steps", "50"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["state_bytes"][0] == row["state_bytes"][1] > 0 and row["finite"]
 
 
 def test_the_demo_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

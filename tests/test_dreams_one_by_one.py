@@ -139,7 +139,7 @@ def play(data: st.DataObject, model: Any, tolerance: float, most: int) -> None:
 @settings(max_examples=2000, deadline=None)
 @given(data=st.data())
 def test_interleavings(data: st.DataObject) -> None:
-    play(data, Walk(), 1e-6, most=12)
+    play(data, Walk(), 1e-6, most=8)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from world_model.noise import normal
+from world_model.noise import bits, normal
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -27,6 +27,14 @@ def reference(seed: int, step: int, index: int) -> float:
 
 def test_reference_is_splitmix64() -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
+
+
+@given(st.lists(st.tuples(INT64, INT64), min_size=1, max_size=5))
+@settings(max_examples=50)
+def test_bits_are_the_reference(pairs: list[tuple[int, int]]) -> None:
+    seed, step = torch.tensor(pairs).T
+    expected = [splitmix64(splitmix64(splitmix64(s) + t)) >> 1 for s, t in pairs]
+    assert bits(seed, step).tolist() == expected
 
 
 @given(st.lists(st.tuples(INT64, INT64), min_size=1, max_size=5), st.integers(1, 6))

@@ -74,6 +74,18 @@ def test_is_immutable() -> None:
     assert newer["x"].sum() == 2 and state["x"].sum() == 0
 
 
+@given(st.integers(1, 5), st.data())
+def test_put_exchanges_rows(batch: int, data: st.DataObject) -> None:
+    state, other = some_state(batch), some_state(batch)
+    other = LatentState({name: ~t if t.dtype == torch.bool else t + 1 for name, t in other.tensors.items()})
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, unique=True)))
+    both, before = state.put(rows, other.select(rows)), some_state(batch)
+    for b in range(batch):
+        want = other if b in rows.tolist() else before
+        assert same_bits(both.select(torch.tensor([b])), want.select(torch.tensor([b])))
+    assert same_bits(state, before), "the old state is as it was"
+
+
 @given(st.integers(1, 5))
 def test_bytes_and_back_bit_for_bit(batch: int) -> None:
     state = some_state(batch)

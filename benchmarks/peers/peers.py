@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas  # noqa: F401, TensorDict looks for it in every step: a search of sys.path where it isn't loaded
 import torch
 from gymnasium import spaces
 from mbrl.env.termination_fns import no_termination
@@ -117,9 +118,9 @@ class NetDynamics:
         return LatentState({"obs": obs[:, -1]})
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        obs, reward = self.net(state["obs"], actions[:, 0])
-        seen = obs[:, None].clone() if decode else None  # the contract: nothing given away is shared with the state
-        return LatentState({"obs": obs}), Imagined(seen, reward, torch.zeros(reward.shape, dtype=torch.bool))
+        obs, reward = self.net(state["obs"], actions.squeeze(1))
+        seen = obs.unsqueeze(1).clone() if decode else None  # the contract: not shared with the state
+        return LatentState({"obs": obs}), Imagined(seen, reward, torch.zeros_like(reward, dtype=torch.bool))
 
 
 class Imagine(Contender):
@@ -136,7 +137,7 @@ class Imagine(Contender):
         model, state = self.model, self.state
         with torch.no_grad():
             for action in actions:
-                state, imagined = model.imagine(state, action[:, None])
+                state, imagined = model.imagine(state, action.unsqueeze(1))
         self.state = state
         return imagined.obs[:, 0], imagined.reward
 
@@ -266,7 +267,7 @@ class TorchRL(Contender):
         env, now = self.env, self.now
         with torch.no_grad():
             for action in actions:
-                now["action"] = action
+                now.set("action", action)
                 went, now = env.step_and_maybe_reset(now)
         self.now = now
         return now["observation"], went["next", "reward"]
@@ -279,7 +280,7 @@ class TorchRLStep(TorchRL):
         env, now = self.env, self.now
         with torch.no_grad():
             for action in actions:
-                now["action"] = action
+                now.set("action", action)
                 went = env.step(now)
                 now = env.step_mdp(went)
         self.now = now
