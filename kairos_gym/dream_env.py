@@ -77,7 +77,7 @@ class DreamEnv(gym.Env[Any, Any]):
         self.metadata, self.render_mode = dreams.rendering(render_mode), render_mode
         self._dreams, self._row, self._owner = dreams, row, owner
         self._rows: Rows | None = None if dreams.batch == 1 else np.array([row])
-        self.observation_space, self.action_space = dreams.observation_space, dreams.action_space
+        self.observation_space, self.action_space = dreams.doors.observation_space, dreams.doors.action_space
         self._check = ActionCheck(self.action_space)
 
     @property
@@ -111,7 +111,7 @@ class DreamEnv(gym.Env[Any, Any]):
         """
         dreams = self._dreams
         dreams.expect_open()
-        context = dreams.context(options or {}, ())
+        context = dreams.doors.context(options or {}, ())
         super().reset(seed=seed)
         dreams.reset(self._rows, [seed], context)
         return self._shown(), {}
@@ -128,7 +128,7 @@ class DreamEnv(gym.Env[Any, Any]):
         the dream is then as it was and can go on. Raises ResetNeeded before ``reset`` and after the end.
         """
         dreams = self._dreams
-        actions = dreams.actions(self._check(action), 1)
+        actions = dreams.doors.actions(self._check(action), 1, dreams.device)
         with torch.set_grad_enabled(False):
             step = dreams.step(actions, self._rows)
         (obs, reward), (terminated, truncated, lost) = step.arrays(), step.ends
@@ -141,7 +141,7 @@ class DreamEnv(gym.Env[Any, Any]):
         }
         if not step.is_plain and lost[0]:
             info["non_finite"] = True
-        return dreams.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return dreams.doors.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def snapshot(self) -> bytes:
         """All that the dream's future depends on but for the weights, whose fingerprint it carries.
@@ -183,4 +183,4 @@ class DreamEnv(gym.Env[Any, Any]):
     def _shown(self) -> Any:
         obs = self._dreams.obs
         assert obs is not None
-        return self._dreams.shown(to_numpy(obs[self._row]))
+        return self._dreams.doors.shown(to_numpy(obs[self._row]))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kairos_gym.dream_env import DreamEnv
-from kairos_gym.dreams import Dreams, Ends, Inner, Rows, Step, is_int
+from kairos_gym.dreams import Dreams, Rows, is_int
 from kairos_gym.judge import JudgeFn, to_numpy
+from kairos_gym.steps import Ends, Inner, Step
 from world_model.contract import Dynamics, Imagined
 from world_model.vectors import ActionCheck, unflatten
 
@@ -72,7 +73,10 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         self._dreams, self.num_envs, self.render_mode = dreams, dreams.batch, render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**dreams.rendering(render_mode), "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space, self.single_action_space = dreams.observation_space, dreams.action_space
+        self.single_observation_space, self.single_action_space = (
+            dreams.doors.observation_space,
+            dreams.doors.action_space,
+        )
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._check = ActionCheck(self.action_space)
@@ -99,7 +103,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     @property
     def observations(self) -> Any:
         """The present observations [B,...]. None before reset, and after a step with decode=False."""
-        return None if self._dreams.obs is None else self._dreams.shown(to_numpy(self._dreams.obs))
+        return None if self._dreams.obs is None else self._dreams.doors.shown(to_numpy(self._dreams.obs))
 
     def row(self, b: int) -> DreamEnv:
         """Dream b as a ``DreamEnv``: a view, so what happens to the one happens to the other.
@@ -125,7 +129,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         dreams.expect_open()
         options = dict(options or {})
         rows = _rows(options.pop("reset_mask"), b) if "reset_mask" in options else None
-        context = dreams.context(options, (b,))
+        context = dreams.doors.context(options, (b,))
         seeds = _seeds(seed, b)
         if rows is not None:
             where = torch.from_numpy(rows)
@@ -147,7 +151,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         for each a mask [B] under the name with "_" before it.
         """
         dreams = self._dreams
-        played = dreams.actions(self._check(actions), self.num_envs)
+        played = dreams.doors.actions(self._check(actions), self.num_envs, dreams.device)
         with torch.set_grad_enabled(False):
             went = self._advance(played, True)
         step = went.step
@@ -157,10 +161,10 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             infos |= {"final_obs": np.full(self.num_envs, None), "_final_obs": went.done}
             infos |= {"final_info": _infos(step, went.done), "_final_info": went.done}
             for b in np.flatnonzero(went.done):
-                infos["final_obs"][b] = dreams.shown(obs[b])
+                infos["final_obs"][b] = dreams.doors.shown(obs[b])
         if went.began:
             obs = to_numpy(dreams.obs)
-        return dreams.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
+        return dreams.doors.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
 
     def step_torch(self, actions: Tensor, *, decode: bool = True) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
         """``step`` for learners on the model's device, nothing copied to numpy and back.
@@ -181,7 +185,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             raise TypeError(f"step_torch takes a tensor, got {type(actions).__name__}; step takes the others")
         if actions.shape != shape or actions.dtype != torch.float32:
             raise ValueError(f"actions must be float32 {list(shape)}, got {actions.dtype} {list(actions.shape)}")
-        if not dreams.allow(actions):
+        if not dreams.doors.allow(actions):
             raise ValueError(f"actions must be finite and within {box}; clip or rescale them before the step")
         with torch.set_grad_enabled(torch.is_grad_enabled() and actions.requires_grad):
             went = self._advance(actions.view(self.num_envs, self.chunk, -1), decode)
@@ -243,7 +247,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         return _Went(step, self._everywhere, done, True)
 
     def _structured(self, obs: Tensor) -> Any:
-        return unflatten(self.model.spec.observation_space, self._dreams.within(obs))
+        return unflatten(self.model.spec.observation_space, self._dreams.doors.within(obs))
 
     def _numbers(self, rows: Sequence[int] | None) -> Rows | None:
         if rows is None:

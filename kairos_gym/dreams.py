@@ -2,102 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Env, spaces
+from gymnasium import Env
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from kairos_gym.doors import Doors
 from kairos_gym.judge import Judge, JudgeFn, to_numpy
 from kairos_gym.models import load
+from kairos_gym.steps import Ends, Inner, Step
 from world_model.contract import Dynamics, Imagined
 from world_model.noise import bits
-from world_model.vectors import chunked, flatten, unflatten
+from world_model.vectors import unflatten
 
 Rows = NDArray[np.int64]
-
-
-class Inner(NamedTuple):
-    """``Imagined`` in numpy, its memory shared on the CPU."""
-
-    obs: Any  # [R,K,O] or None; read-only, for the dreams keep it
-    reward: NDArray[Any]  # [R,K]
-    terminated: NDArray[np.bool_]  # [R,K]
-
-    @classmethod
-    def of(cls, imagined: Imagined) -> Inner:
-        obs, reward, ends = imagined
-        frames = None
-        if obs is not None:
-            frames = obs.numpy(force=True)
-            frames.flags.writeable = False
-        return cls(frames, reward.numpy(force=True), ends.numpy(force=True))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing ends and all is finite; told fast, and not of numbers whose squares are infinite."""
-        obs, reward, ends = self
-        size = np.vdot(reward, reward)
-        if obs is not None:
-            size = size + np.vdot(obs, obs)
-        return math.isfinite(size) and not np.count_nonzero(ends)
-
-
-class Ends(NamedTuple):
-    """How a step ended."""
-
-    terminated: NDArray[np.bool_]  # [R]
-    truncated: NDArray[np.bool_]  # [R] by the limit, or since the dream is lost
-    lost: NDArray[np.bool_]  # [R] not finite any more
-
-
-class Step:
-    """What R dreams give back, up to the inner step that ends an episode.
-
-    ``imagined`` and ``inner`` hold all K inner steps, as the model said them.
-    """
-
-    __slots__ = ("_obs", "_reward", "ends", "imagined", "inner")
-
-    def __init__(
-        self, imagined: Imagined, inner: Inner, ends: Ends, obs: Tensor | None = None, reward: Tensor | None = None
-    ):
-        """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
-        self.imagined, self.inner, self.ends = imagined, inner, ends
-        self._obs, self._reward = obs, reward
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all inner steps count, and so nothing ended."""
-        return self._reward is None
-
-    @property
-    def obs(self) -> Tensor | None:
-        """[R,O] after the last inner step that counts; None where nothing was decoded."""
-        every = self.imagined.obs
-        return every[:, -1] if self._obs is None and every is not None else self._obs
-
-    @property
-    def reward(self) -> Tensor:
-        """[R] summed over the inner steps that count."""
-        return self.imagined.reward.sum(1) if self._reward is None else self._reward
-
-    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """``obs`` and ``reward`` in numpy; only where they were decoded."""
-        if self._reward is not None:
-            return to_numpy(self._obs), to_numpy(self._reward)
-        reward = self.inner.reward
-        return self.inner.obs[:, -1], reward[:, 0] if reward.shape[1] == 1 else reward.sum(1)
 
 
 class Dreams:
@@ -152,12 +79,7 @@ class Dreams:
         )
         self._reward = None if reward_fn is None else Judge("reward_fn", reward_fn)
         self._termination = None if termination_fn is None else Judge("termination_fn", termination_fn)
-        self._box = box = spec.observation_box
-        self._low, self._high = _tensors(box)
-        self._least, self._most = _tensors(spec.action_box)
-        self._is_discrete = isinstance(spec.action_space, spaces.Discrete)
-        self._is_vector = isinstance(spec.observation_space, spaces.Box) and len(spec.observation_space.shape) == 1
-        self._bounded = bool((np.isfinite(box.low) | np.isfinite(box.high)).any())
+        self.doors = Doors(spec, self.chunk)
 
         self.state: Any = None  # what the dreams remember, an immutable snapshot: planners may start from it
         self._obs: Tensor | None = None
@@ -184,17 +106,6 @@ class Dreams:
     @obs.setter
     def obs(self, obs: Tensor | None) -> None:
         self._obs, self._inner_obs = obs, None
-
-    @property
-    def observation_space(self) -> spaces.Space:
-        """The simulator's own. A copy: a space has a random generator, which belongs to who asks for it."""
-        return deepcopy(self.model.spec.observation_space)
-
-    @property
-    def action_space(self) -> spaces.Space:
-        """The simulator's own, or with chunk > 1 that of K actions in a row. A copy."""
-        single = self.model.spec.action_space
-        return deepcopy(single) if self.chunk == 1 else chunked(single, self.chunk)
 
     # -- episodes ------------------------------------------------------------------------------------------------------
 
@@ -316,6 +227,8 @@ class Dreams:
             )
         obs = kept["obs"].to(self.device) if "obs" in kept else None
         state = type(fresh).from_bytes(blob_of_state, self.device)
+        if {name: t.shape for name, t in state.tensors.items()} != {name: t.shape for name, t in fresh.tensors.items()}:
+            raise ValueError("this snapshot was made with a model that remembers other things than this one")
         if rows is not None:
             whole = self.model.initial(self.batch) if self.state is None else self.state
             state = whole.put(torch.from_numpy(at), state)
@@ -336,69 +249,7 @@ class Dreams:
         copies._set_columns(slice(None), {name: column[at] for name, column in self._columns().items()})
         return copies
 
-    # -- doors ---------------------------------------------------------------------------------------------------------
-
-    def actions(self, played: NDArray[Any], rows: int) -> Tensor:
-        """Actions of ``rows`` dreams, of the action space and in its dtype -> [R,K,A]."""
-        if self._is_discrete:
-            played = flatten(self.model.spec.action_space, played)
-        vectors = torch.from_numpy(
-            played.reshape(rows, self.chunk, -1).astype(np.float32)
-        )  # a copy: a state may keep it
-        return vectors if self.device.type == "cpu" else vectors.to(self.device)
-
-    def allow(self, actions: Tensor) -> bool:
-        """Whether actions [...,A] are all numbers within their bounds."""
-        return bool(((actions >= self._least.to(actions.device)) & (actions <= self._most.to(actions.device))).all())
-
-    def within(self, obs: Tensor) -> Tensor:
-        """Observations [...,O] within the observation space's finite bounds."""
-        return obs.clamp(self._low.to(obs.device), self._high.to(obs.device)) if self._bounded else obs
-
-    def shown(self, obs: NDArray[Any]) -> Any:
-        """Vectors [...,O] as elements of the observation space, copies within its finite bounds."""
-        space = self.model.spec.observation_space
-        if self._bounded:
-            obs = np.minimum(np.maximum(obs, self._box.low), self._box.high)
-        else:
-            obs = obs.astype(self._box.dtype)
-        return obs if self._is_vector else _cast(space, unflatten(space, obs))
-
-    def context(self, options: dict[str, Any], lead: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
-        """Where reset ``options`` begin: obs [R,T,O] and actions [R,T,A] or None; None where they don't say.
-
-        ``lead``: the dimensions that must stand before an observation or a stretch of them, () or (B,).
-        """
-        spec, n = self.model.spec, len(lead)
-        if unknown := sorted(set(options) - {"observation", "actions"}):
-            raise ValueError(f"unknown reset options {unknown}; known are 'observation' and 'actions'")
-        if "observation" not in options:
-            if "actions" in options:
-                raise ValueError("reset option 'actions' needs 'observation' [T,O]: what each action led to")
-            return None
-        obs = _vectors("observation", spec.observation_space, options["observation"])
-        size = spec.observation_box.shape[0]
-        row = ",".join(map(str, (*lead, size)))
-        if obs.shape[-1:] != (size,) or obs.ndim - n not in (1, 2) or obs.shape[:n] != lead or not obs.size:
-            stretch = ",".join(map(str, (*lead, "T", size)))
-            raise ValueError(f"reset option 'observation' must be [{row}] or [{stretch}], got {list(obs.shape)}")
-        box = self._box
-        if (outside := (obs < box.low) | (obs > box.high)).any():
-            raise ValueError(
-                f"reset option 'observation' is outside the observation space at {np.argwhere(outside)[0]}"
-            )
-        if obs.ndim == n + 1:
-            if "actions" in options:
-                raise ValueError(f"reset option 'actions' goes with an 'observation' of [...,T,O]; this one is [{row}]")
-            return torch.from_numpy(obs.reshape(-1, 1, size)), None
-        wanted = (*obs.shape[:-1], spec.action_box.shape[0])
-        actions = _vectors("actions", spec.action_space, options["actions"]) if "actions" in options else None
-        if actions is None or actions.shape != wanted:
-            raise ValueError(
-                f"an 'observation' of {list(obs.shape)} needs 'actions' {list(wanted)}, the action that led to each; "
-                f"got {'none' if actions is None else list(actions.shape)}"
-            )
-        return tuple(torch.from_numpy(x.reshape(-1, *x.shape[-2:])) for x in (obs, actions))  # type: ignore[return-value]
+    # -- pictures ------------------------------------------------------------------------------------------------------
 
     def rendering(self, render_mode: str | None) -> dict[str, Any]:
         """What an env's metadata says of pictures. Raises ValueError for a mode that can't be had."""
@@ -421,7 +272,7 @@ class Dreams:
             if self._artist is None:
                 self._artist = make_real(name, render_mode="rgb_array")
                 self._artist.reset(seed=0)
-            return draw(self._artist, self.shown(to_numpy(self.obs[row])))
+            return draw(self._artist, self.doors.shown(to_numpy(self.obs[row])))
         except (TypeError, ValueError, ImportError):
             raise  # they say themselves what this observation lacks
         except Exception as error:
@@ -467,7 +318,7 @@ class Dreams:
         if imagined.obs is None or self.obs is None:
             raise ValueError("reward_fn and termination_fn judge observations, so they can't go with decode=False")
         spec, begun = self.model.spec, self.obs if rows is None else self.obs[torch.from_numpy(rows)]
-        seen = self.within(torch.cat([begun[:, None], imagined.obs], 1))
+        seen = self.doors.within(torch.cat([begun[:, None], imagined.obs], 1))
         steps = (
             unflatten(spec.observation_space, seen[:, :-1].flatten(0, 1)),
             unflatten(spec.action_space, actions.flatten(0, 1)),
@@ -532,27 +383,3 @@ def is_int(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     return is_int(value) and bool(value >= 1)
-
-
-def _cast(space: spaces.Space, obs: Any) -> Any:
-    """Every part of an observation in its own dtype."""
-    if isinstance(space, spaces.Dict):
-        return {key: _cast(part, obs[key]) for key, part in space.items()}
-    return obs.astype(space.dtype, copy=False)
-
-
-def _tensors(box: spaces.Box) -> tuple[Tensor, Tensor]:
-    low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (box.low, box.high))
-    return low, high
-
-
-def _vectors(name: str, space: spaces.Space, values: Any) -> NDArray[np.float32]:
-    try:
-        array = flatten(space, values).astype(np.float32)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"reset option {name!r} must be made of elements of {space}, got {values!r}: {error}"
-        ) from error
-    if not np.isfinite(array).all():
-        raise ValueError(f"reset option {name!r} must be finite, got {array.tolist()}")
-    return array

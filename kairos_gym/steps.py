@@ -1,0 +1,86 @@
+"""What a step of many dreams gives back, in tensors and in numpy, before an env hands it out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kairos_gym.judge import to_numpy
+from world_model.contract import Imagined
+
+
+class Inner(NamedTuple):
+    """``Imagined`` in numpy, its memory shared on the CPU."""
+
+    obs: Any  # [R,K,O] or None; read-only, for the dreams keep it
+    reward: NDArray[Any]  # [R,K]
+    terminated: NDArray[np.bool_]  # [R,K]
+
+    @classmethod
+    def of(cls, imagined: Imagined) -> Inner:
+        obs, reward, ends = imagined
+        frames = None
+        if obs is not None:
+            frames = obs.numpy(force=True)
+            frames.flags.writeable = False
+        return cls(frames, reward.numpy(force=True), ends.numpy(force=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing ends and all is finite; told fast, and not of numbers whose squares are infinite."""
+        obs, reward, ends = self
+        size = np.vdot(reward, reward)
+        if obs is not None:
+            size = size + np.vdot(obs, obs)
+        return math.isfinite(size) and not np.count_nonzero(ends)
+
+
+class Ends(NamedTuple):
+    """How a step ended."""
+
+    terminated: NDArray[np.bool_]  # [R]
+    truncated: NDArray[np.bool_]  # [R] by the limit, or since the dream is lost
+    lost: NDArray[np.bool_]  # [R] not finite any more
+
+
+class Step:
+    """What R dreams give back, up to the inner step that ends an episode.
+
+    ``imagined`` and ``inner`` hold all K inner steps, as the model said them.
+    """
+
+    __slots__ = ("_obs", "_reward", "ends", "imagined", "inner")
+
+    def __init__(
+        self, imagined: Imagined, inner: Inner, ends: Ends, obs: Tensor | None = None, reward: Tensor | None = None
+    ):
+        """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
+        self.imagined, self.inner, self.ends = imagined, inner, ends
+        self._obs, self._reward = obs, reward
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all inner steps count, and so nothing ended."""
+        return self._reward is None
+
+    @property
+    def obs(self) -> Tensor | None:
+        """[R,O] after the last inner step that counts; None where nothing was decoded."""
+        every = self.imagined.obs
+        return every[:, -1] if self._obs is None and every is not None else self._obs
+
+    @property
+    def reward(self) -> Tensor:
+        """[R] summed over the inner steps that count."""
+        return self.imagined.reward.sum(1) if self._reward is None else self._reward
+
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """``obs`` and ``reward`` in numpy; only where they were decoded."""
+        if self._reward is not None:
+            return to_numpy(self._obs), to_numpy(self._reward)
+        reward = self.inner.reward
+        return self.inner.obs[:, -1], reward[:, 0] if reward.shape[1] == 1 else reward.sum(1)
