@@ -213,6 +213,9 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=0, hide=True), SHORT, out=tmp_path, progress=False)
     with pytest.raises(ValueError, match="hold no step"):
         fit(TINY, box_spec(2, 1, chunk=2), spring(5, steps=0, seed=0), SHORT, out=tmp_path, progress=False)
+    narrow = replace(box_spec(2, 1, chunk=2), observation_space=spaces.Box(-0.1, 0.1, (2,), np.float32))
+    with pytest.raises(ValueError, match="room for all that it shows"):
+        fit(TINY, narrow, spring(5, seed=0), SHORT, out=tmp_path, progress=False)
 
 
 def test_a_bound_that_is_overshot_costs_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -159,6 +160,14 @@ def _check(config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitC
         raise ValueError(
             f"the data hold actions from {played.min():.6g} to {played.max():.6g}, outside {box}: clip them as the "
             "simulator did when they were recorded"
+        )
+    seen, box = episodes.obs.numpy(), spec.observation_box
+    beyond = np.maximum(box.low - seen, seen - box.high).max(0)  # a dream would never go there
+    if (beyond > 1e-4 * (1 + np.abs(seen).max(0))).any():
+        worst = int(beyond.argmax())
+        raise ValueError(
+            f"the data hold observations outside {box}, by {beyond[worst]:.6g} in dimension {worst}: give the "
+            "simulator a space that has room for all that it shows"
         )
 
 
