@@ -34,6 +34,7 @@ class TinyMLP:
         layers = [nn.Linear(23, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 18)]
         self.net = nn.Sequential(*layers).requires_grad_(False)
         self.spec = Spec(spaces.Box(-np.inf, np.inf, (17,)), spaces.Box(-1, 1, (6,)), 1, 1.0)
+        self.never = torch.zeros(0, 1, dtype=torch.bool)
         self.starts = SimpleNamespace(obs=torch.zeros(1, 1, 17), actions=torch.zeros(1, 1, 6))
 
     def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,9 @@ class TinyMLP:
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         obs, reward = self.forward(state["obs"], actions)
-        return LatentState({"obs": obs}), Imagined(obs, reward, torch.zeros(reward.shape, dtype=torch.bool))
+        if len(self.never) != len(reward):
+            self.never = torch.zeros_like(reward, dtype=torch.bool)
+        return LatentState({"obs": obs}), Imagined(obs, reward, self.never)
 
 
 def env(model: str | None = None) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class Doors:
         self.spec, self.chunk = spec, chunk
         self._box = box = spec.observation_box
         self._low, self._high = _tensors(box)
-        self._least, self._most = _tensors(spec.action_box)
+        most = torch.finfo(torch.float32).max  # so that an infinity is out of range too
+        self._least, self._most = (bound.clamp(-most, most) for bound in _tensors(spec.action_box))
         self._is_discrete = isinstance(spec.action_space, spaces.Discrete)
         self._is_vector = isinstance(spec.observation_space, spaces.Box) and len(spec.observation_space.shape) == 1
         self._bounded = bool((np.isfinite(box.low) | np.isfinite(box.high)).any())
@@ -47,7 +48,8 @@ class Doors:
 
     def allow(self, actions: Tensor) -> bool:
         """Whether actions [...,A] are all numbers within their bounds."""
-        return bool(((actions >= self._least.to(actions.device)) & (actions <= self._most.to(actions.device))).all())
+        least, most = self._least.to(actions.device), self._most.to(actions.device)
+        return torch.equal(actions.detach().clamp(least, most), actions)
 
     def within(self, obs: Tensor) -> Tensor:
         """Observations [...,O] within the observation space's finite bounds."""

@@ -189,13 +189,13 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"actions must be finite and within {box}; clip or rescale them before the step")
         with torch.set_grad_enabled(torch.is_grad_enabled() and actions.requires_grad):
             went = self._advance(actions.view(self.num_envs, self.chunk, -1), decode)
-            step = went.step
+            step, reward = went.step, went.step.reward
             infos: dict[str, Any] = {"imagined": step.imagined}
             if went.done is not None and step.obs is not None:
                 infos["final_obs"] = self._structured(step.obs)
             obs = self._structured(dreams.obs) if decode and dreams.obs is not None else None
-            terminated, truncated = (torch.from_numpy(x.copy()).to(step.reward.device) for x in step.ends[:2])
-            return obs, step.reward, terminated, truncated, infos
+        terminated, truncated = (torch.from_numpy(x.copy()).to(reward.device) for x in step.ends[:2])
+        return obs, reward, terminated, truncated, infos
 
     def snapshot(self, rows: Sequence[int] | None = None) -> bytes:
         """All that the future of these dreams, or of some rows, depends on but for the weights; see ``DreamEnv``."""

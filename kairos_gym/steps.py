@@ -14,20 +14,20 @@ from world_model.contract import Imagined
 
 
 class Inner(NamedTuple):
-    """``Imagined`` in numpy, its memory shared on the CPU."""
+    """``Imagined`` in numpy. Read-only, for its memory is shared: the dreams keep it, and so may the model."""
 
-    obs: Any  # [R,K,O] or None; read-only, for the dreams keep it
+    obs: Any  # [R,K,O] or None
     reward: NDArray[Any]  # [R,K]
     terminated: NDArray[np.bool_]  # [R,K]
 
     @classmethod
     def of(cls, imagined: Imagined) -> Inner:
         obs, reward, ends = imagined
-        frames = None
-        if obs is not None:
-            frames = obs.numpy(force=True)
-            frames.flags.writeable = False
-        return cls(frames, reward.numpy(force=True), ends.numpy(force=True))
+        arrays = cls(None if obs is None else obs.numpy(force=True), reward.numpy(force=True), ends.numpy(force=True))
+        for array in arrays:
+            if array is not None:
+                array.flags.writeable = False
+        return arrays
 
     @property
     def is_plain(self) -> bool:
@@ -76,7 +76,10 @@ class Step:
     @property
     def reward(self) -> Tensor:
         """[R] summed over the inner steps that count."""
-        return self.imagined.reward.sum(1) if self._reward is None else self._reward
+        if self._reward is not None:
+            return self._reward
+        every = self.imagined.reward
+        return every[:, 0] if every.shape[1] == 1 else every.sum(1)
 
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """``obs`` and ``reward`` in numpy; only where they were decoded."""

@@ -61,8 +61,8 @@ class Imagined(NamedTuple):
     """What one chunk gives back. ``obs`` is None where ``decode=False`` was asked for and nothing needed it.
 
     ``terminated[b, k]`` says that the episode ends with inner step k. Steps after the first True are
-    meaningless: whoever sums rewards stops there. The tensors belong to whoever asked: they share no memory with a
-    state, so they may be changed.
+    meaningless: whoever sums rewards stops there. The tensors may share memory with a state or with each other, so
+    nobody changes them in place.
     """
 
     obs: Tensor | None  # [B,K,O]

@@ -78,7 +78,7 @@ class ActionCheck:
             low, high = space.low, space.high
         assert self.dtype is not None
         self.real = self.dtype.kind == "f"
-        if self.real:  # so that one comparison tells of infinities too
+        if self.real:  # so that an infinity is out of range too
             most = np.finfo(self.dtype).max
             low, high = np.maximum(low, -most), np.minimum(high, most)
         self.low, self.high = np.broadcast_arrays(low, high)
@@ -95,7 +95,7 @@ class ActionCheck:
                 played = given.astype(self.dtype)
         if given.shape != self.shape:
             raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
-        good = (played >= self.low) & (played <= self.high)
+        good = np.minimum(np.maximum(played, self.low), self.high) == played  # NaN is nobody's equal
         if np.count_nonzero(good) < good.size:
             at = tuple(int(i) for i in np.argwhere(~good)[0])
             value = given[at]

@@ -110,6 +110,7 @@ class NetDynamics:
 
     def __init__(self, net: Net):
         self.net, self.spec = net, Spec(OBSERVATIONS, ACTIONS, chunk=1, dt=0.05)
+        self.never = torch.zeros(0, 1, dtype=torch.bool)
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         return LatentState({"obs": torch.zeros(batch, OBS)})
@@ -119,8 +120,9 @@ class NetDynamics:
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         obs, reward = self.net(state["obs"], actions.squeeze(1))
-        seen = obs.unsqueeze(1).clone() if decode else None  # the contract: not shared with the state
-        return LatentState({"obs": obs}), Imagined(seen, reward, torch.zeros_like(reward, dtype=torch.bool))
+        if len(self.never) != len(reward):
+            self.never = torch.zeros_like(reward, dtype=torch.bool)
+        return LatentState({"obs": obs}), Imagined(obs.unsqueeze(1), reward, self.never)
 
 
 class Imagine(Contender):
