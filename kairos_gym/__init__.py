@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DreamEnv", "DreamVecEnv", "DreamVectorEnv", "load", "shipped"]
+__all__ = ["DreamEnv", "DreamVectorEnv", "load", "shipped"]
 
 
 def _refuse_shadows() -> None:

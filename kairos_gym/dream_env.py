@@ -28,7 +28,8 @@ class DreamEnv(gym.Env[Any, Any]):
     sampled: draw each chunk from what the model holds possible, instead of its mean; every episode has its own noise.
     flow_steps: Euler steps of the flow; 1 serves the mean, a sampled dream wants 4 or more.
     max_episode_steps: simulator steps after which an episode is truncated; None takes the simulator's from the model's
-        card. (``gym.make`` keeps an argument of that name for its own TimeLimit, which counts steps of this env.)
+        card. ``gym.make`` keeps an argument of that name for its own TimeLimit, which counts steps of this env and can
+        only shorten; to dream for longer than the card says, make a ``DreamEnv`` itself.
     reward_fn, termination_fn: functions (obs, action, next_obs) -> [N] of N simulator steps at once, in torch or in
         numpy, instead of what the model says; see ``kairos_gym.judge``.
     render_mode: "rgb_array" puts the real simulator into the dreamed state and draws that.
@@ -139,7 +140,7 @@ class DreamEnv(gym.Env[Any, Any]):
                 "terminated": step.inner.terminated[0],
             }
         }
-        if not step.is_plain and lost[0]:
+        if not step.counts_whole and lost[0]:
             info["non_finite"] = True
         return dreams.doors.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
@@ -153,6 +154,8 @@ class DreamEnv(gym.Env[Any, Any]):
     def restore(self, snapshot: bytes) -> Any:
         """Go on from a ``snapshot`` of one dream, of this env or another, here or in another process -> observation.
 
+        None stands for an observation that was not decoded when the snapshot was taken.
+
         Raises ValueError where it is damaged, cut short, of several dreams or of another model; the dream is then as
         it was.
         """
@@ -160,10 +163,15 @@ class DreamEnv(gym.Env[Any, Any]):
         return self._shown()
 
     def fork(self, n: int) -> DreamVectorEnv:
-        """n dreams that go on from here, each with this one's past and noise -> DreamVectorEnv."""
+        """n dreams that go on from here, each with this one's past, noise and seed -> DreamVectorEnv.
+
+        With equal actions they dream the same; ``reset(seed=...)`` sets them apart. A dream that ends begins again with
+        the next step, or waits where the model keeps no starts.
+        """
         from kairos_gym.dream_vector_env import DreamVectorEnv
 
-        return DreamVectorEnv.of(self._dreams.fork(n, self._rows), render_mode=self.render_mode)
+        mode = "NextStep" if self._dreams.has_starts else "Disabled"
+        return DreamVectorEnv.of(self._dreams.fork(n, self._rows), self.render_mode, mode)
 
     def render(self) -> NDArray[np.uint8]:
         """The present observation, as the real simulator draws the state that shows it -> [height,width,3] uint8.
@@ -181,6 +189,5 @@ class DreamEnv(gym.Env[Any, Any]):
             self._dreams.close()
 
     def _shown(self) -> Any:
-        obs = self._dreams.obs
-        assert obs is not None
-        return self._dreams.doors.shown(to_numpy(obs[self._row]))
+        obs, known = self._dreams.present()
+        return self._dreams.doors.shown(to_numpy(obs[self._row])) if known[self._row] else None

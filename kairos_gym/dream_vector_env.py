@@ -16,7 +16,7 @@ from torch import Tensor
 from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dreams import Dreams, Rows, is_int
 from kairos_gym.judge import JudgeFn, to_numpy
-from kairos_gym.steps import Ends, Inner, Step
+from kairos_gym.steps import Ends, Step
 from world_model.contract import Dynamics, Imagined
 from world_model.vectors import ActionCheck, unflatten
 
@@ -72,6 +72,11 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     def _hold(self, dreams: Dreams, render_mode: str | None, autoreset_mode: str | AutoresetMode) -> None:
         self._dreams, self.num_envs, self.render_mode = dreams, dreams.batch, render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if self.autoreset_mode is not AutoresetMode.DISABLED and not dreams.has_starts:
+            raise ValueError(
+                "this model keeps no real starts that ended dreams could begin again from: pass "
+                "autoreset_mode='Disabled' and reset(options={'observation': ..., 'reset_mask': ...})"
+            )
         self.metadata = {**dreams.rendering(render_mode), "autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = (
             dreams.doors.observation_space,
@@ -110,9 +115,9 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises IndexError where there is no such dream.
         """
-        if not -self.num_envs <= b < self.num_envs:
-            raise IndexError(f"there are {self.num_envs} dreams, 0 to {self.num_envs - 1}; got {b}")
-        return DreamEnv.of(self._dreams, b % self.num_envs, self.render_mode, self)
+        if not is_int(b) or not -self.num_envs <= b < self.num_envs:
+            raise IndexError(f"there are {self.num_envs} dreams, 0 to {self.num_envs - 1}; got {b!r}")
+        return DreamEnv.of(self._dreams, int(b) % self.num_envs, self.render_mode, self)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -127,6 +132,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         """
         dreams, b = self._dreams, self.num_envs
         dreams.expect_open()
+        if not isinstance(options, dict | None):
+            raise TypeError(f"options must be a dict, got {options!r}")
         options = dict(options or {})
         rows = _rows(options.pop("reset_mask"), b) if "reset_mask" in options else None
         context = dreams.doors.context(options, (b,))
@@ -167,15 +174,18 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         return dreams.doors.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
 
     def step_torch(self, actions: Tensor, *, decode: bool = True) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """``step`` for learners on the model's device, nothing copied to numpy and back.
+        """``step`` for learners on the model's device: what was imagined stays there.
 
         actions: float32 [B,A] or [B,K,A], as vectors (``model.spec.action_box``; those of Discrete spaces one-hot).
-        Returns observations (float32 [B,...] in the space's structure, within its finite bounds, not to be changed in
-        place; None with decode=False), rewards float32 [B], terminations and truncations bool [B], infos: "imagined"
-        (``world_model.contract.Imagined``), and with SAME_STEP "final_obs" [B,...], before the dreams that ended began
-        again. With NEXT_STEP a dream that only begins again imagines zeros.
+        Returns observations (float32 [B,...] in the space's structure, within its finite bounds; None with
+        decode=False), rewards float32 [B], terminations and truncations bool [B], infos: "imagined"
+        (``world_model.contract.Imagined``), "non_finite" [B] where a dream was lost, and with SAME_STEP "final_obs"
+        [B,...] and its mask "_final_obs" [B], where dreams ended and began again. With NEXT_STEP a dream that only
+        begins again imagines zeros. Observations and what was imagined are not to be changed in place: the dreams go on
+        from them.
 
-        The gradient flows through the dream where ``actions`` require one; a step whose actions don't cuts it off.
+        The gradient flows through the dream where ``actions`` require one, until ``detach`` or a step whose actions
+        don't.
         Raises TypeError for what is no tensor, ValueError for actions of another shape or dtype or out of range.
         """
         dreams = self._dreams
@@ -191,11 +201,18 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             went = self._advance(actions.view(self.num_envs, self.chunk, -1), decode)
             step, reward = went.step, went.step.reward
             infos: dict[str, Any] = {"imagined": step.imagined}
-            if went.done is not None and step.obs is not None:
-                infos["final_obs"] = self._structured(step.obs)
+            if went.done is not None:
+                infos["_final_obs"] = torch.from_numpy(went.done).to(reward.device)
+                infos["final_obs"] = None if step.obs is None else self._structured(step.obs)
+            if not step.counts_whole and step.ends.lost.any():
+                infos["non_finite"] = torch.from_numpy(step.ends.lost).to(reward.device)
             obs = self._structured(dreams.obs) if decode and dreams.obs is not None else None
         terminated, truncated = (torch.from_numpy(x.copy()).to(reward.device) for x in step.ends[:2])
         return obs, reward, terminated, truncated, infos
+
+    def detach(self) -> None:
+        """Cut the gradient that led here, between the stretches that a learner sends it back through."""
+        self._dreams.detach()
 
     def snapshot(self, rows: Sequence[int] | None = None) -> bytes:
         """All that the future of these dreams, or of some rows, depends on but for the weights; see ``DreamEnv``."""
@@ -204,7 +221,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     def restore(self, snapshot: bytes, rows: Sequence[int] | None = None) -> Any:
         """Go on from a ``snapshot`` in all dreams, or in as many rows as it holds -> observations [B,...].
 
-        Raises ValueError as ``DreamEnv.restore`` does, ResetNeeded where other rows have not begun.
+        The observations are None where some are not known: not decoded, or not begun. Raises what ``DreamEnv.restore``
+        does.
         """
         self._dreams.restore(snapshot, self._numbers(rows))
         return self.observations
@@ -212,7 +230,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     def fork(self, n: int, rows: Sequence[int] | None = None) -> DreamVectorEnv:
         """n copies of each dream, or of each of ``rows``, next to each other -> a new DreamVectorEnv.
 
-        Copies keep the seed of what they are copies of: with equal actions they dream the same.
+        Copies keep the seed of what they are copies of: with equal actions they dream the same, also in their next
+        episodes; ``reset(seed=...)`` sets them apart.
         """
         return DreamVectorEnv.of(self._dreams.fork(n, self._numbers(rows)), self.render_mode, self.autoreset_mode)
 
@@ -239,6 +258,9 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 step = _idle(actions, self.model.spec.observation_box.shape[0], decode)
             dreams.reset(np.flatnonzero(over))
             return _Went(step, ~over, None, True)
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and dreams.any_ended:  # by way of ``row`` or ``restore``
+            dreams.expect_begun()
+            dreams.reset(np.flatnonzero(dreams.ended))
         step = dreams.step(actions, decode=decode)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP or not dreams.any_ended:
             return _Went(step, self._everywhere, None, False)
@@ -273,7 +295,7 @@ def _idle(actions: Tensor, size: int, decode: bool) -> Step:
     b, k = actions.shape[:2]
     reward, never = actions.new_zeros(b, k), np.zeros(b, bool)
     imagined = Imagined(actions.new_zeros(b, k, size) if decode else None, reward, reward > 0)
-    return Step(imagined, Inner.of(imagined), Ends(never, never, never))
+    return Step(imagined, Ends(never, never, never))
 
 
 def _spread(step: Step, rows: Tensor, batch: int) -> Step:
@@ -284,7 +306,7 @@ def _spread(step: Step, rows: Tensor, batch: int) -> Step:
 
     ends = Ends(*(place(torch.from_numpy(x)).numpy() for x in step.ends))
     imagined = Imagined(*map(place, step.imagined))
-    return Step(imagined, Inner.of(imagined), ends, place(step.obs), place(step.reward))
+    return Step(imagined, ends, None, place(step.obs), place(step.reward))
 
 
 def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -299,7 +321,7 @@ def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
         "_terminated": mask,
     }
     infos: dict[str, Any] = {"imagined": inner, "_imagined": mask}
-    if not step.is_plain and step.ends.lost.any():
+    if not step.counts_whole and step.ends.lost.any():
         lost = step.ends.lost & mask
         infos |= {"non_finite": lost, "_non_finite": lost}
     return infos
@@ -308,10 +330,12 @@ def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
 def _seeds(seed: Any, batch: int) -> list[int | None]:
     if seed is None:
         return [None] * batch
-    seeds: list[Any] = [seed + b for b in range(batch)] if is_int(seed) else list(seed)
+    seeds: list[Any] = [seed + b for b in range(batch)] if is_int(seed) else [seed]
+    if isinstance(seed, Sequence | np.ndarray):
+        seeds = list(seed)
     if len(seeds) != batch or not all(s is None or (is_int(s) and s >= 0) for s in seeds):
         raise ValueError(f"seed must be a whole number from 0 on, or {batch} of them or None, got {seed!r}")
-    return seeds
+    return [None if s is None else int(s) for s in seeds]
 
 
 def _rows(mask: Any, batch: int) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from kairos_gym.doors import Doors
 from kairos_gym.judge import Judge, JudgeFn, to_numpy
 from kairos_gym.models import load
-from kairos_gym.steps import Ends, Inner, Step
+from kairos_gym.steps import Ends, Inner, Step, is_plain
 from world_model.contract import Dynamics, Imagined
 from world_model.noise import bits
 from world_model.vectors import unflatten
@@ -82,8 +83,10 @@ class Dreams:
         self.doors = Doors(spec, self.chunk)
 
         self.state: Any = None  # what the dreams remember, an immutable snapshot: planners may start from it
+        # The present observations as the model said them: the last of these [B,K,O], or else [B,O] and which are known.
+        self._inner_obs: Tensor | None = None
         self._obs: Tensor | None = None
-        self._inner_obs: Tensor | None = None  # [B,K,O], whose last is the present
+        self._known = np.zeros(self.batch, bool)
         self.ended = np.ones(self.batch, bool)  # or not begun
         self._seed = np.zeros(self.batch, np.int64)
         self._episode = np.full(self.batch, -1)  # since the seed was given; -1 before the first
@@ -98,14 +101,14 @@ class Dreams:
 
     @property
     def obs(self) -> Tensor | None:
-        """[B,O], the present observations as the model said them; None before reset and where they weren't decoded."""
-        if self._obs is None and self._inner_obs is not None:
-            self._obs = self._inner_obs[:, -1]
-        return self._obs
+        """[B,O], the present observations as the model said them; None where some were not decoded or not begun."""
+        if self._inner_obs is not None:
+            return self._inner_obs[:, -1]
+        return self._obs if self._known.all() else None
 
-    @obs.setter
-    def obs(self, obs: Tensor | None) -> None:
-        self._obs, self._inner_obs = obs, None
+    @property
+    def has_starts(self) -> bool:
+        return getattr(self.model, "starts", None) is not None
 
     # -- episodes ------------------------------------------------------------------------------------------------------
 
@@ -129,23 +132,24 @@ class Dreams:
         key = torch.from_numpy(seed)
         noise = bits(key, torch.from_numpy(2 * episode + 1))
         if context is None:
-            starts = getattr(self.model, "starts", None)
-            if starts is None:
+            if not self.has_starts:
                 raise ValueError(
                     "this model keeps no real starts: reset(options={'observation': ...}) with one of yours"
                 )
+            starts = self.model.starts
             drawn = bits(key, torch.from_numpy(2 * episode)) % len(starts.obs)
             context = starts.obs[drawn], starts.actions[drawn]
         obs, actions = context
-        with torch.no_grad():
+        with torch.no_grad():  # but not below: the gradient of the other rows goes on
             fresh = self.model.initial(len(at), seeds=noise)
             self.device = device = next(iter(fresh.tensors.values())).device
             obs, actions = obs.to(device), None if actions is None else actions.to(device)
-            state, last = self.model.observe(fresh, obs, actions), obs[:, -1].clone()
-            if rows is not None:
-                to = torch.from_numpy(at)
-                state = (self.model.initial(self.batch) if self.state is None else self.state).put(to, state)
-        self.state, self.obs = state, self._placed(at, last)
+            state = self.model.observe(fresh, obs, actions)
+        if rows is not None:
+            whole = self.model.initial(self.batch) if self.state is None else self.state
+            state = whole.put(torch.from_numpy(at), state)
+        self.state = state
+        self._place(at, obs[:, -1].clone())
         self._seed[at], self._episode[at], self._born[at], self.ended[at] = seed, episode, self._clock, False
         self._count()
 
@@ -160,16 +164,18 @@ class Dreams:
         after, imagined = self.model.imagine(state, actions, decode=decode, **self._flow)
         if self._reward is not None or self._termination is not None:
             imagined = self._judged(actions, imagined, rows)
-        inner = Inner.of(imagined)
-        if rows is None and self._clock + self.chunk < self._due and inner.is_plain:
+        inner = Inner.of(imagined) if self.device.type == "cpu" else None
+        if rows is None and self._clock + self.chunk < self._due and is_plain(imagined, inner):
             # Nothing ends: what nearly every step comes to.
-            self.state, self._obs, self._inner_obs = after, None, imagined.obs
+            self.state, self._inner_obs = after, imagined.obs
+            if imagined.obs is None:
+                self._known[:] = False
             self._clock += self.chunk
-            return Step(imagined, inner, self._never)
+            return Step(imagined, self._never, inner)
         at = np.arange(self.batch) if rows is None else rows
-        stepped, steps = self._ending(imagined, inner, at)
+        stepped, steps = self._ending(imagined, at)
         self.state = after if rows is None else self.state.put(torch.from_numpy(at), after)
-        self.obs = self._placed(at, stepped.obs)
+        self._place(at, stepped.obs)
         self._born[at] -= steps  # the clock stands still for the others
         self.ended[at] = stepped.ends.terminated | stepped.ends.truncated
         self._count()
@@ -188,9 +194,11 @@ class Dreams:
             "model": torch.frombuffer(bytearray(self._fingerprint().encode()), dtype=torch.uint8),
         }
         kept |= {name: torch.from_numpy(column[at]) for name, column in self._columns().items()}
-        if self.obs is not None:
-            kept["obs"] = self.obs[where].detach().cpu()
-        return save_tensors(kept)
+        obs, known = self.present()
+        if known[at].all():
+            kept["obs"] = obs[where].detach().cpu()
+        body = save_tensors(kept)
+        return zlib.crc32(body).to_bytes(4, "little") + body
 
     def restore(self, blob: bytes, rows: Rows | None = None) -> None:
         """Put what ``snapshot`` gave into ``rows``, or into all.
@@ -203,7 +211,9 @@ class Dreams:
             raise TypeError(f"a snapshot is bytes, got {type(blob).__name__}")
         at = np.arange(self.batch) if rows is None else rows
         try:
-            kept = load_tensors(blob)
+            if len(blob) < 4 or zlib.crc32(blob[4:]) != int.from_bytes(blob[:4], "little"):
+                raise ValueError("its checksum is wrong")
+            kept = load_tensors(blob[4:])
             model, columns = (
                 bytes(kept["model"].numpy()).decode(),
                 {name: kept[name].numpy() for name in self._columns()},
@@ -232,7 +242,8 @@ class Dreams:
         if rows is not None:
             whole = self.model.initial(self.batch) if self.state is None else self.state
             state = whole.put(torch.from_numpy(at), state)
-        self.state, self.obs = state, self._placed(at, obs)
+        self.state = state
+        self._place(at, obs)
         self._set_columns(at, columns)
 
     def fork(self, n: int, rows: Rows | None = None) -> Dreams:
@@ -245,9 +256,16 @@ class Dreams:
         at = np.repeat(at, n)
         copies = Dreams(self.model, len(at), **self._settings)
         copies.state = self.state.select(torch.from_numpy(at))
-        copies.obs = None if self.obs is None else self.obs[torch.from_numpy(at)]
+        obs, known = self.present()
+        copies._obs, copies._known, copies.device = obs[torch.from_numpy(at)], known[at], self.device
         copies._set_columns(slice(None), {name: column[at] for name, column in self._columns().items()})
         return copies
+
+    def detach(self) -> None:
+        """Cut the gradient that led here."""
+        if self.state is not None:
+            self.state = self.state.detach()
+        self._obs, self._inner_obs = (None if x is None else x.detach() for x in (self._obs, self._inner_obs))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
@@ -285,14 +303,16 @@ class Dreams:
         """Forget the dreams; may be called twice."""
         if self._artist is not None:
             self._artist.close()
-        self._artist = self.state = self.obs = None
+        self._artist = self.state = self._obs = self._inner_obs = None
+        self._known[:] = False
         self.closed = True
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _ending(self, imagined: Imagined, inner: Inner, at: Rows) -> tuple[Step, NDArray[np.int64]]:
+    def _ending(self, imagined: Imagined, at: Rows) -> tuple[Step, NDArray[np.int64]]:
         """The general case, in which dreams may end within the chunk -> Step, inner steps that count [R]."""
-        (obs, reward, _), end = imagined, inner.terminated
+        (obs, reward, _), inner = imagined, Inner.of(imagined)
+        end = inner.terminated
         good = np.isfinite(inner.reward)
         if inner.obs is not None:
             good &= np.isfinite(inner.obs).all(-1)
@@ -308,20 +328,22 @@ class Dreams:
         last = None
         if obs is not None:
             which = torch.from_numpy(steps).to(obs.device)
-            before = torch.zeros_like(obs[:, 0]) if self.obs is None else self.obs[torch.from_numpy(at)]
+            before = self.present()[0][torch.from_numpy(at)]
             known = obs[torch.arange(len(at), device=obs.device), (which - 1).clamp_min(0)]
             last = torch.where((which > 0)[:, None], known, before)
-        return Step(imagined, inner, Ends((end & counts).any(1), lost | (steps == left), lost), last, earned), steps
+        ends = Ends((end & counts).any(1), lost | (steps == left), lost)
+        return Step(imagined, ends, inner, last, earned), steps
 
     def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
         """What the user's own functions say of the imagined steps, in place of what the model says."""
-        if imagined.obs is None or self.obs is None:
-            raise ValueError("reward_fn and termination_fn judge observations, so they can't go with decode=False")
-        spec, begun = self.model.spec, self.obs if rows is None else self.obs[torch.from_numpy(rows)]
+        (present, known), at = self.present(), np.arange(self.batch) if rows is None else rows
+        if imagined.obs is None or not known[at].all():
+            raise ValueError("reward_fn and termination_fn judge observations, so no step may have decode=False")
+        spec, begun = self.model.spec, present[torch.from_numpy(at)]
         seen = self.doors.within(torch.cat([begun[:, None], imagined.obs], 1))
         steps = (
             unflatten(spec.observation_space, seen[:, :-1].flatten(0, 1)),
-            unflatten(spec.action_space, actions.flatten(0, 1)),
+            unflatten(spec.action_space, actions.flatten(0, 1).clone()),  # not the caller's own
             unflatten(spec.observation_space, seen[:, 1:].flatten(0, 1)),
         )
         reward, ends = imagined.reward, imagined.terminated
@@ -331,12 +353,21 @@ class Dreams:
             ends = self._termination(*steps, ends.flatten()).view_as(ends)
         return Imagined(imagined.obs, reward, ends)
 
-    def _placed(self, at: Rows, obs: Tensor | None) -> Tensor | None:
-        """The present observations with ``obs`` [R,O] in rows ``at``; None where they aren't all known."""
-        if obs is None:
-            return None
-        whole = obs.new_zeros(self.batch, obs.shape[1]) if self.obs is None else self.obs
-        return whole.index_copy(0, torch.from_numpy(at).to(obs.device), obs)
+    def present(self) -> tuple[Tensor, NDArray[np.bool_]]:
+        """The present observations [B,O], and which of them are known [B]; the others are zero."""
+        if self._inner_obs is not None:
+            return self._inner_obs[:, -1], np.ones(self.batch, bool)
+        size = self.model.spec.observation_box.shape[0]
+        obs = torch.zeros(self.batch, size, device=self.device) if self._obs is None else self._obs
+        return obs, self._known
+
+    def _place(self, at: Rows, obs: Tensor | None) -> None:
+        """Make ``obs`` [R,O] the present observations of rows ``at``; None: they are not known any more."""
+        whole, known = self.present()
+        self._known = known.copy()
+        self._known[at] = obs is not None
+        self._inner_obs = None
+        self._obs = whole if obs is None else whole.index_copy(0, torch.from_numpy(at).to(obs.device), obs)
 
     def _columns(self) -> dict[str, NDArray[Any]]:
         """What is known of each dream beside what the model remembers; age in simulator steps."""

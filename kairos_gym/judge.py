@@ -17,7 +17,7 @@ simulator's single action space.
 
 
 class Judge:
-    """Asks a user's function in torch and, where it turns out to be written in numpy, in numpy from then on."""
+    """Asks a user's function in torch and, where that fails at the first time, in numpy from then on."""
 
     def __init__(self, name: str, function: JudgeFn):
         if not callable(function):
@@ -28,10 +28,15 @@ class Judge:
     def __call__(self, obs: Any, action: Any, next_obs: Any, like: Tensor) -> Tensor:
         """What it says of N steps -> [N], of the dtype and device of ``like`` [N].
 
-        Raises ValueError where the function fails, or returns another shape or something else than numbers (of a
-        termination: than bools).
+        Raises ValueError where the function fails both in torch and in numpy, returns another shape or something else
+        than numbers (of a termination: than bools), or passes no gradient on where one is wanted; what it raises itself
+        later on.
         """
         steps = (obs, action, next_obs)
+        if torch.is_grad_enabled() and _wants_gradient(steps):
+            if self.in_numpy:
+                raise ValueError(f"{self.name} is written in numpy, which passes no gradient on: write it in torch")
+            return self._ask(steps, like, False)
         if self.in_numpy is not None:
             return self._ask(steps, like, self.in_numpy)
         try:
@@ -53,6 +58,12 @@ class Judge:
         if (said.dtype == torch.bool) != (like.dtype == torch.bool):
             raise ValueError(f"{self.name} must return {like.dtype}, got {said.dtype}")
         return said.to(like.dtype)
+
+
+def _wants_gradient(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return x.requires_grad
+    return any(map(_wants_gradient, x.values() if isinstance(x, dict) else x))
 
 
 def to_numpy(x: Any) -> Any:

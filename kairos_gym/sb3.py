@@ -33,16 +33,15 @@ class DreamVecEnv(VecEnv):
         super().__init__(num_envs, self.dreams.single_observation_space, self.dreams.single_action_space)
 
     def reset(self) -> VecEnvObs:
-        if any(self._options):
-            for env, seed, options in zip(self.rows, self._seeds, self._options, strict=True):
-                env.reset(seed=seed, options=options)
-            obs = self.dreams.observations
-        else:
-            obs, _ = self.dreams.reset(seed=self._seeds)
-        self.reset_infos = [{} for _ in self.rows]
+        seeds, options = self._seeds, self._options
         self._reset_seeds()
         self._reset_options()
-        return obs
+        self.reset_infos = [{} for _ in self.rows]
+        if not any(options):
+            return self.dreams.reset(seed=seeds)[0]
+        for env, seed, own in zip(self.rows, seeds, options, strict=True):
+            env.reset(seed=seed, options=own)
+        return self.dreams.observations
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -79,4 +78,4 @@ class DreamVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> list[np.ndarray | None]:
-        return list(self.dreams.render())
+        return list(self.dreams.render()) if self.render_mode else [None for _ in self.rows]

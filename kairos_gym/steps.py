@@ -29,14 +29,18 @@ class Inner(NamedTuple):
                 array.flags.writeable = False
         return arrays
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing ends and all is finite; told fast, and not of numbers whose squares are infinite."""
-        obs, reward, ends = self
-        size = np.vdot(reward, reward)
-        if obs is not None:
-            size = size + np.vdot(obs, obs)
-        return math.isfinite(size) and not np.count_nonzero(ends)
+
+def is_plain(imagined: Imagined, inner: Inner | None) -> bool:
+    """Whether nothing ends and all is finite, told fast; numbers whose squares are infinite need a closer look.
+
+    inner: ``imagined`` in numpy where that costs no copy, which is faster on little.
+    """
+    if inner is None:
+        size = sum(x.square().sum() for x in imagined[:2] if x is not None)
+        return math.isfinite(size) and not bool(imagined.terminated.any())
+    obs, reward, ends = inner
+    norm = np.vdot(reward, reward) if obs is None else np.vdot(reward, reward) + np.vdot(obs, obs)
+    return math.isfinite(norm) and not np.count_nonzero(ends)
 
 
 class Ends(NamedTuple):
@@ -50,21 +54,32 @@ class Ends(NamedTuple):
 class Step:
     """What R dreams give back, up to the inner step that ends an episode.
 
-    ``imagined`` and ``inner`` hold all K inner steps, as the model said them.
+    ``imagined`` holds all K inner steps, as the model said them, and so does ``inner``, in numpy.
     """
 
-    __slots__ = ("_obs", "_reward", "ends", "imagined", "inner")
+    __slots__ = ("_inner", "_obs", "_reward", "ends", "imagined")
 
     def __init__(
-        self, imagined: Imagined, inner: Inner, ends: Ends, obs: Tensor | None = None, reward: Tensor | None = None
+        self,
+        imagined: Imagined,
+        ends: Ends,
+        inner: Inner | None = None,
+        obs: Tensor | None = None,
+        reward: Tensor | None = None,
     ):
         """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
-        self.imagined, self.inner, self.ends = imagined, inner, ends
+        self.imagined, self.ends, self._inner = imagined, ends, inner
         self._obs, self._reward = obs, reward
 
     @property
-    def is_plain(self) -> bool:
-        """Whether all inner steps count, and so nothing ended."""
+    def inner(self) -> Inner:
+        if self._inner is None:
+            self._inner = Inner.of(self.imagined)
+        return self._inner
+
+    @property
+    def counts_whole(self) -> bool:
+        """Whether all inner steps count, and so nothing ended before the last."""
         return self._reward is None
 
     @property
@@ -78,8 +93,7 @@ class Step:
         """[R] summed over the inner steps that count."""
         if self._reward is not None:
             return self._reward
-        every = self.imagined.reward
-        return every[:, 0] if every.shape[1] == 1 else every.sum(1)
+        return self.imagined.reward.sum(1)
 
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """``obs`` and ``reward`` in numpy; only where they were decoded."""

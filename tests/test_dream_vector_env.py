@@ -18,7 +18,8 @@ from walks import Walk
 
 import kairos_gym
 from kairos_gym import DreamEnv, DreamVectorEnv
-from world_model.contract import Spec
+from kairos_gym.steps import Inner, is_plain
+from world_model.contract import Imagined, Spec
 from world_model.state import LatentState
 
 
@@ -140,6 +141,15 @@ def test_seeds_and_resets() -> None:
     np.testing.assert_allclose(env.step(zeros(env))[0][1], 0.25 + 0.8 * 0.1)
 
 
+def test_a_row_that_ended_by_itself_begins_again_with_the_others() -> None:
+    for mode in ("NextStep", "SameStep"):
+        env = begun(max_episode_steps=2, autoreset_mode=mode)
+        for _ in range(2):
+            env.row(1).step(np.ones(2, np.float32))
+        env.step(zeros(env))
+        env.step(zeros(env))
+
+
 def test_forks_share_nothing() -> None:
     env = begun(num_envs=2, sampled=True)
     forks = env.fork(3, rows=[1])
@@ -220,6 +230,14 @@ def test_gradients_flow_where_actions_ask_for_them() -> None:
     assert env.state["x"].requires_grad
     env.step_torch(torch.zeros(3, 2))
     assert not env.state["x"].requires_grad
+    push = torch.zeros(3, 2, requires_grad=True)
+    env.step_torch(push)
+    env.reset(options={"reset_mask": np.array([False, True, False])})
+    obs = env.step_torch(torch.zeros(3, 2, requires_grad=True))[0]
+    (grad,) = torch.autograd.grad(obs.sum(), push)
+    assert grad[1].eq(0).all() and grad[[0, 2]].ne(0).all(), "the others go on"
+    env.detach()
+    assert not env.state["x"].requires_grad
 
 
 def test_nothing_is_decoded_that_nobody_asks_for() -> None:
@@ -236,6 +254,11 @@ def test_nothing_is_decoded_that_nobody_asks_for() -> None:
         obs, reward, *_ = env.step_torch(torch.zeros(3, 2), decode=False)
         assert obs is None and reward.shape == (3,)
     assert model.decoded == 0 and env.observations is None
+    blob = env.snapshot()
+    assert env.row(0).restore(env.snapshot([1])) is None, "nobody knows what it would show"
+    assert begun(max_episode_steps=3).restore(blob) is None
+    env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert env.observations is None
     assert env.step(zeros(env))[0].shape == (3, 2) and model.decoded == 1
 
 
@@ -274,6 +297,16 @@ def test_an_end_of_ones_own(function: Any) -> None:
     np.testing.assert_allclose(reward, [-0.1 - 0.28, -0.3 - 0.48, -0.4], atol=1e-6)
 
 
+def test_a_gradient_through_numpy_is_refused() -> None:
+    for first in (True, False):
+        env = begun(reward_fn=in_numpy)
+        if first:
+            env.step(zeros(env))
+        with pytest.raises((ValueError, RuntimeError, AttributeError)):
+            env.step_torch(torch.zeros(3, 2, requires_grad=True))
+    begun(reward_fn=in_torch).step_torch(torch.zeros(3, 2, requires_grad=True))[1].sum().backward()
+
+
 def test_functions_see_what_a_step_shows() -> None:
     space = spaces.Dict({"b": spaces.Box(-1, 1, (1,)), "a": spaces.Box(-2, 2, (1,))})
 
@@ -303,6 +336,12 @@ def shorter(env: DreamVectorEnv) -> bytes:
     return env.snapshot()[:-3]
 
 
+def flipped(env: DreamVectorEnv) -> bytes:
+    blob = bytearray(env.snapshot())
+    blob[-20] ^= 4
+    return bytes(blob)
+
+
 BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "too few actions": (lambda e: e.step(np.zeros((2, 2))), ValueError, "shape"),
     "one action": (lambda e: e.step(np.zeros(2)), ValueError, "shape"),
@@ -319,6 +358,10 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "seeds: too few": (lambda e: e.reset(seed=[1, 2]), ValueError, "3 of them"),
     "seeds: negative": (lambda e: e.reset(seed=-1), ValueError, "from 0 on"),
     "seeds: real": (lambda e: e.reset(seed=[0.5, 1, 2]), ValueError, "whole number"),
+    "seeds: yes": (lambda e: e.reset(seed=True), ValueError, "whole number"),
+    "options: a number": (lambda e: e.reset(options=5), TypeError, "dict"),
+    "restore: one bit": (lambda e: e.restore(flipped(e)), ValueError, "checksum"),
+    "row: a part": (lambda e: e.row(1.5), IndexError, "3 dreams"),
     "seeds: a word": (lambda e: e.reset(seed="abc"), ValueError, "whole number"),
     "options: unknown": (lambda e: e.reset(options={"obs": 1}), ValueError, "unknown reset options"),
     "options: one row": (lambda e: e.reset(options={"observation": [0, 0]}), ValueError, r"\[3,2\] or \[3,T,2\]"),
@@ -400,7 +443,9 @@ def test_order_of_calls() -> None:
     for closed in late:
         with pytest.raises(ClosedEnvironmentError, match="closed"):
             closed()
-    nothing = DreamVectorEnv(Walk(starts=False), 2)
+    with pytest.raises(ValueError, match="begin again from"):
+        DreamVectorEnv(Walk(starts=False), 2)
+    nothing = DreamVectorEnv(Walk(starts=False), 2, autoreset_mode="Disabled")
     with pytest.raises(ValueError, match="keeps no real starts"):
         nothing.reset()
     nothing.reset(options={"observation": np.zeros((2, 2))})
@@ -424,6 +469,15 @@ def test_bad_functions(function: Any, says: str) -> None:
     np.testing.assert_array_equal(env.observations, before)
     with pytest.raises(ValueError, match="decode=False"):
         begun(reward_fn=in_torch).step_torch(torch.zeros(3, 2), decode=False)
+
+
+@pytest.mark.parametrize("what", ["", "nan", "inf", "end", "undecoded"])
+def test_whether_a_step_is_plain_is_told_alike_on_any_device(what: str) -> None:
+    obs, reward, ends = torch.ones(2, 3, 4), torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    ends[1, 2] = what == "end"
+    obs[0, 1, 2] = {"nan": torch.nan, "inf": -torch.inf}.get(what, 1.0)
+    imagined = Imagined(None if what == "undecoded" else obs, reward, ends)
+    assert is_plain(imagined, Inner.of(imagined)) == is_plain(imagined, None) == (what in ("", "undecoded"))
 
 
 def test_shipped_models() -> None:

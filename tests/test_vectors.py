@@ -90,6 +90,12 @@ def test_bad_actions(space: spaces.Space, bad: Any, error: type[Exception], says
         ActionCheck(space)(bad)
 
 
+def test_what_rescaling_rounds_off_is_forgiven() -> None:
+    space = spaces.Box(-3.0, -0.8, (1,), np.float32)
+    rescaled = space.low + np.float32(0.5) * (np.float32(1.0) + 1) * (space.high - space.low)  # as SB3's SAC does
+    assert rescaled > space.high and ActionCheck(space)(rescaled) == space.high
+
+
 @pytest.mark.parametrize("space", [*SPACES.values(), spaces.MultiDiscrete([3, 2])])
 def test_actions_of_the_space_are_taken_as_they_are(space: spaces.Space) -> None:
     if isinstance(space, spaces.Dict):

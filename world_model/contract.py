@@ -95,6 +95,10 @@ class State(Protocol):
         """The dreams at ``rows`` (int64 [R], each once) exchanged for the R of ``other`` -> State with the same B."""
         ...
 
+    def detach(self) -> State:
+        """The same dreams without the gradient that led to them."""
+        ...
+
     def to_bytes(self) -> bytes: ...
 
     @classmethod
@@ -121,7 +125,7 @@ class Dynamics(Protocol):
         """B fresh dreams that know nothing yet -> State.
 
         seeds: int64 [B], each dream's own noise seed (zeros where None). A dream is a pure function of the weights,
-        its start, its actions and its seed: the same alone or in any row of any batch.
+        its start, its actions in their chunks and its seed: up to rounding, the same alone or in any row of any batch.
         """
         ...
 

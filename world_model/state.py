@@ -62,6 +62,10 @@ class LatentState:
         """The dreams at ``rows``, int64 [R], each once, exchanged for the R dreams of ``other``."""
         return LatentState({name: t.index_copy(0, rows, other[name]) for name, t in self.tensors.items()})
 
+    def detach(self) -> LatentState:
+        """The same state without the gradient that led to it."""
+        return LatentState({name: t.detach() for name, t in self.tensors.items()})
+
     def to_bytes(self) -> bytes:
         """A self-contained safetensors blob; ``from_bytes`` gives the state back bit for bit."""
         return save({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})

@@ -62,7 +62,7 @@ def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
 class ActionCheck:
     """What an action of ``space`` has to be: a Box of real numbers, or a Discrete, a MultiDiscrete or a batch of them.
 
-    Called with an action it gives an array of the space's dtype. Nothing is clipped, rounded or guessed: it raises
+    Called with an action it gives an array of the space's dtype. Nothing but rounding errors is clipped: it raises
     TypeError for what isn't made of real (or whole) numbers, ValueError for a wrong shape, a NaN or infinity, and one
     out of range.
     """
@@ -97,6 +97,9 @@ class ActionCheck:
             raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
         good = np.minimum(np.maximum(played, self.low), self.high) == played  # NaN is nobody's equal
         if np.count_nonzero(good) < good.size:
+            near = self._within_rounding(played)
+            if near is not None:
+                return near
             at = tuple(int(i) for i in np.argwhere(~good)[0])
             value = given[at]
             if not np.isfinite(value):
@@ -106,3 +109,13 @@ class ActionCheck:
                 "action space before the step"
             )
         return played
+
+    def _within_rounding(self, played: NDArray[Any]) -> NDArray[Any] | None:
+        """The action on its bounds where it overshoots them by no more than rescaling it rounds off, else None."""
+        if not self.real or not np.isfinite(played).all():
+            return None
+        assert self.dtype is not None
+        size, info = np.maximum(np.abs(self.low), np.abs(self.high)), np.finfo(self.dtype)
+        slack = 4 * info.eps * np.where(size < info.max, size, 0)
+        near = ((played >= self.low - slack) & (played <= self.high + slack)).all()
+        return np.minimum(np.maximum(played, self.low), self.high) if near else None
