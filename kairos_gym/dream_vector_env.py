@@ -78,14 +78,12 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 "autoreset_mode='Disabled' and reset(options={'observation': ..., 'reset_mask': ...})"
             )
         self.metadata = {**dreams.rendering(render_mode), "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space, self.single_action_space = (
-            dreams.doors.observation_space,
-            dreams.doors.action_space,
-        )
+        self.single_observation_space = dreams.doors.observation_space
+        self.single_action_space = dreams.doors.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._check = ActionCheck(self.action_space)
-        self._everywhere, self._nowhere = np.ones(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        self._everywhere = np.ones(self.num_envs, bool)
         self._everywhere.flags.writeable = False  # every info points to it
 
     @property
