@@ -45,9 +45,9 @@ SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6700, steps=200), SMALL),
+        Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6100, steps=180), SMALL),
         Recipe("reacher", "Reacher-v5", FitConfig(draft_steps=5200, steps=250, lr=3e-3), {**SMALL, "draft_frames": 2}),
-        Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=6000, steps=450), SMALL),
+        Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=5500, steps=400), SMALL),
     )
 }
 
