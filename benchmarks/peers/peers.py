@@ -148,7 +148,7 @@ class Vector(Contender):
     name, takes_numpy = "Kairos Gym, `DreamVectorEnv.step` (numpy)", True
 
     def __init__(self, net: Net, batch: int):
-        self.env = DreamVectorEnv(NetDynamics(net), num_envs=batch)
+        self.env = DreamVectorEnv(NetDynamics(net), num_envs=batch, autoreset_mode="Disabled")
 
     def reset(self, start: NDArray[np.float32]) -> None:
         self.env.reset(seed=0, options={"observation": start})
