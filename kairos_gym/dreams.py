@@ -124,7 +124,7 @@ class Dreams:
         Raises ValueError where there is neither.
         """
         self.expect_open()
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         seed, episode = self._seed[at], self._episode[at] + 1
         for i, given in enumerate([None] * len(at) if seeds is None else seeds):
             if given is not None or episode[i] == 0:
@@ -172,8 +172,8 @@ class Dreams:
                 self._known[:] = False
             self._clock += self.chunk
             return Step(imagined, self._never, inner)
-        at = np.arange(self.batch) if rows is None else rows
-        stepped, steps = self._ending(imagined, at)
+        at = self._at(rows)
+        stepped, steps = self._ending(imagined, inner or Inner.of(imagined), at)
         self.state = after if rows is None else self.state.put(torch.from_numpy(at), after)
         self._place(at, stepped.obs)
         self._born[at] -= steps  # the clock stands still for the others
@@ -186,7 +186,7 @@ class Dreams:
     def snapshot(self, rows: Rows | None = None) -> bytes:
         """All that the future of these dreams depends on, but for the weights, which are named by their fingerprint."""
         self.expect_open()
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         self.expect_begun(at)
         where = torch.from_numpy(at)
         kept = {
@@ -209,7 +209,7 @@ class Dreams:
         self.expect_open()
         if not isinstance(blob, bytes):
             raise TypeError(f"a snapshot is bytes, got {type(blob).__name__}")
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         try:
             if len(blob) < 4 or zlib.crc32(blob[4:]) != int.from_bytes(blob[:4], "little"):
                 raise ValueError("its checksum is wrong")
@@ -251,7 +251,7 @@ class Dreams:
         self.expect_open()
         if not is_count(n):
             raise ValueError(f"fork(n) makes a whole number of copies of at least 1, got {n!r}")
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         self.expect_begun(at)
         at = np.repeat(at, n)
         copies = Dreams(self.model, len(at), **self._settings)
@@ -309,10 +309,9 @@ class Dreams:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _ending(self, imagined: Imagined, at: Rows) -> tuple[Step, NDArray[np.int64]]:
+    def _ending(self, imagined: Imagined, inner: Inner, at: Rows) -> tuple[Step, NDArray[np.int64]]:
         """The general case, in which dreams may end within the chunk -> Step, inner steps that count [R]."""
-        (obs, reward, _), inner = imagined, Inner.of(imagined)
-        end = inner.terminated
+        (obs, reward, _), end = imagined, inner.terminated
         good = np.isfinite(inner.reward)
         if inner.obs is not None:
             good &= np.isfinite(inner.obs).all(-1)
@@ -336,7 +335,7 @@ class Dreams:
 
     def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
         """What the user's own functions say of the imagined steps, in place of what the model says."""
-        (present, known), at = self.present(), np.arange(self.batch) if rows is None else rows
+        (present, known), at = self.present(), self._at(rows)
         if imagined.obs is None or not known[at].all():
             raise ValueError("reward_fn and termination_fn judge observations, so no step may have decode=False")
         spec, begun = self.model.spec, present[torch.from_numpy(at)]
@@ -352,6 +351,10 @@ class Dreams:
         if self._termination is not None:
             ends = self._termination(*steps, ends.flatten()).view_as(ends)
         return Imagined(imagined.obs, reward, ends)
+
+    def _at(self, rows: Rows | None) -> Rows:
+        """The rows that are meant: all where none are named."""
+        return np.arange(self.batch) if rows is None else rows
 
     def present(self) -> tuple[Tensor, NDArray[np.bool_]]:
         """The present observations [B,O], and which of them are known [B]; the others are zero."""
@@ -394,14 +397,14 @@ class Dreams:
 
     def expect_begun(self, rows: Rows | None = None) -> None:
         """Raises ResetNeeded where a dream has not begun yet."""
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         if not (begun := self._episode[at] >= 0).all():
             which = "the dream has" if self.batch == 1 else f"dreams {at[~begun].tolist()} have"
             raise ResetNeeded(f"{which} not begun: call reset() first")
 
     def _expect_going(self, rows: Rows | None) -> None:
         self.expect_open()
-        at = np.arange(self.batch) if rows is None else rows
+        at = self._at(rows)
         self.expect_begun(at)
         if len(over := at[self.ended[at]]):
             which = "the dream has" if self.batch == 1 else f"dreams {over.tolist()} have"
