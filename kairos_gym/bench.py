@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from kairos_gym.bench_env import endurance, env
-from kairos_gym.compare import open_loop
 from kairos_gym.models import load
+from kairos_gym.open_loop import open_loop
 from kairos_gym.plan import plan
 from kairos_gym.recipes import RECIPES, Data, config, data, errors
 from planners import CEM

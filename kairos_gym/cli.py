@@ -72,7 +72,7 @@ def train(
         draft: begin with the draft; without it, the plain transformer
         draft_steps: updates of the draft
         steps: updates of the transformer
-        held_out: how many episodes at the end of the dataset to leave for compare
+        held_out: how many episodes at the end of the dataset to leave for score
         seed: of everything drawn at random
     """
     from kairos_gym.train import train
@@ -82,12 +82,12 @@ def train(
     model = train(dataset_id, out, pattern=pattern, chunk=chunk, draft=draft, held_out=held_out, seed=seed, **given)
     print(f"The model is in {out}.")
     if "errors" not in model.card:
-        print(f"No held-out episode is long enough to score it: collect others, and kairos compare {out} with those.")
+        print(f"No held-out episode is long enough to score it: collect others, and kairos score {out} with those.")
         return
     errors = model.card["errors"]["held_out"]
     _print_errors(errors)
     longest = max(int(name[1:]) for name in errors)
-    print(f"\nOther horizons: kairos compare {out} {dataset_id}{'' if longest == 64 else f' --horizon {longest}'}")
+    print(f"\nOther horizons: kairos score {out} {dataset_id}{'' if longest == 64 else f' --horizon {longest}'}")
 
 
 def plan(
@@ -147,7 +147,7 @@ def plan(
     print(as_text(columns, [row]))
 
 
-def compare(
+def score(
     model: Model,
     dataset_id: Dataset,
     horizon: int = 64,
@@ -155,7 +155,7 @@ def compare(
     chunk: int = 1,
     trajectories: int | None = None,
 ) -> None:
-    """Measure the dream's open-loop error on recorded episodes (kairos_gym.compare.compare).
+    """Measure the dream's open-loop error on recorded episodes (kairos_gym.open_loop.score).
 
     Args:
         model: a shipped model's name, a folder or a hub id
@@ -165,9 +165,9 @@ def compare(
         chunk: how many steps to imagine at once
         trajectories: how many episodes to take; all that training left out of this dataset, or else up to 64
     """
-    from kairos_gym.compare import compare
+    from kairos_gym.open_loop import score
 
-    result = compare(model, dataset_id, horizon=horizon, context=context, chunk=chunk, trajectories=trajectories)
+    result = score(model, dataset_id, horizon=horizon, context=context, chunk=chunk, trajectories=trajectories)
     _print_errors(result.table(sorted({h for h in (1, 2, 4, 8, 16, 32, 64, 128, 256) if h < horizon} | {horizon})))
     print(f"\n{len(result.obs_error)} episodes of {dataset_id}, dreamed after {context} real frames")
 
@@ -208,7 +208,7 @@ def bench() -> None:
     """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, plan, compare, demo, info, bench)}
+COMMANDS = {f.__name__: f for f in (collect, train, score, plan, demo, info, bench)}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kairos_gym.collect import collect
-from kairos_gym.compare import open_loop
 from kairos_gym.models import ZOO
+from kairos_gym.open_loop import open_loop
 from kairos_gym.report import machine
 from world_model.config import WorldModelConfig
 from world_model.contract import Dynamics, Spec

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from kairos_gym.collect import recorded, simulator_of
-from kairos_gym.compare import CONTEXT, compare
+from kairos_gym.open_loop import CONTEXT, score
 from world_model.config import WorldModelConfig
 from world_model.contract import Spec
 from world_model.episodes import Episodes
@@ -70,7 +70,7 @@ def train(
     )
     horizon = longest_horizon(dataset, held_out)
     if horizon is not None:
-        errors = compare(model, dataset_id, horizon=horizon).table()
+        errors = score(model, dataset_id, horizon=horizon).table()
         what = f"open-loop NRMSE on held-out episodes after {CONTEXT} real frames, RMS and median over trajectories"
         model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
         model.save_pretrained(out)

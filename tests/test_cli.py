@@ -18,8 +18,8 @@ from gymnasium import spaces
 from kairos_gym import load
 from kairos_gym.cli import main
 from kairos_gym.collect import collect
-from kairos_gym.compare import compare
 from kairos_gym.demo import show
+from kairos_gym.open_loop import score
 from kairos_gym.plan import plan, play, play_random
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
@@ -41,7 +41,7 @@ def test_help_names_every_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kairos_gym.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("collect", "train", "plan", "compare", "demo", "info"):
+    for command in ("collect", "train", "score", "plan", "demo", "info"):
         assert command in done.stdout
 
 
@@ -68,9 +68,9 @@ def test_mistakes_are_one_line(
     (tmp_path / "file").touch()
     assert "is a file" in mistake(capsys, "train", "kairos/x-v0", str(tmp_path / "file"), "--held-out", "1")
     assert not (tmp_path / "model").exists()
-    assert "horizon must be at least 1" in mistake(capsys, "compare", "pendulum", "kairos/x-v0", "--horizon", "0")
-    assert "trajectories must be" in mistake(capsys, "compare", "pendulum", "kairos/x-v0", "--trajectories", "0")
-    said = mistake(capsys, "compare", "reacher", "kairos/x-v0")
+    assert "horizon must be at least 1" in mistake(capsys, "score", "pendulum", "kairos/x-v0", "--horizon", "0")
+    assert "trajectories must be" in mistake(capsys, "score", "pendulum", "kairos/x-v0", "--trajectories", "0")
+    said = mistake(capsys, "score", "reacher", "kairos/x-v0")
     assert "model 'reacher' dreams Reacher-v5, but dataset kairos/x-v0 was recorded in Pendulum-v1" in said
 
 
@@ -93,7 +93,7 @@ def test_record_train_compare_plan(
     main(["collect", "Pendulum-v1", data, "--episodes", "6", "--episode-steps", "40"])
     main(["train", data, model, "--draft-steps", "20", "--steps", "4", "--held-out", "2"])
     hint = capsys.readouterr().out.splitlines()[-1].partition("kairos ")[2].split()
-    assert hint == ["compare", model, data, "--horizon", "8"]
+    assert hint == ["score", model, data, "--horizon", "8"]
     main(hint)
     *rows, _, scored = capsys.readouterr().out.splitlines()[2:]
     assert [row.split()[0] for row in rows] == ["h1", "h2", "h4", "h8"] and scored.startswith("2 episodes of")
@@ -104,7 +104,7 @@ def test_record_train_compare_plan(
     card = load(model).card
     assert (card["env"], card["data"]["dataset"], card["data"]["held_out"]) == ("Pendulum-v1", data, 2)
     assert card["time_limit"] == 200, "the simulator's own, not that of the recording"
-    measured = compare(model, data, horizon=8).table()
+    measured = score(model, data, horizon=8).table()
     assert set(measured) == {"h1", "h8"} and card["errors"]["held_out"] == measured
 
 
@@ -174,7 +174,7 @@ def test_a_finished_training_whose_errors_were_lost_measures_them(
         return training.train("a-v0", tmp_path / "m", draft_steps=2, steps=2, held_out=1, progress=False)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "compare", killed)
+        patch.setattr(training, "score", killed)
         run()
     card = load(tmp_path / "m").card
     assert (card["env"], card["time_limit"], card["data"]["held_out"]) == ("Pendulum-v1", 200, 1)

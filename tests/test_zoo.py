@@ -11,8 +11,8 @@ from gymnasium.utils.env_checker import check_env
 import kairos_gym
 from envs import SimulatorDynamics
 from kairos_gym.collect import collect
-from kairos_gym.compare import open_loop
 from kairos_gym.models import ZOO
+from kairos_gym.open_loop import open_loop
 from kairos_gym.recipes import RECIPES
 from world_model.episodes import Episodes
 

@@ -91,7 +91,7 @@ def open_loop(
     return OpenLoop((torch.cat(dreamed, 1) - obs[:, context:]) / std, torch.cat(gained, 1) - reward[:, context:])
 
 
-def compare(
+def score(
     model: str | Path | WorldModel,
     dataset_id: str,
     *,

@@ -14,7 +14,7 @@ from tiny import tiny_model
 from toys import PointMass
 
 from kairos_gym.collect import collect
-from kairos_gym.compare import OpenLoop, compare, open_loop
+from kairos_gym.open_loop import OpenLoop, open_loop, score
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
 
@@ -76,17 +76,17 @@ def test_a_table_has_only_steps_that_were_dreamed() -> None:
 def test_only_what_training_left_out_is_scored() -> None:
     dataset = collect("Pendulum-v1", "a-v0", seed=0, episodes=6, episode_steps=12, progress=False)
     model = pendulum(data={"dataset": "a-v0", "held_out": 2})
-    result = compare(model, "a-v0", horizon=8, context=2)
+    result = score(model, "a-v0", horizon=8, context=2)
     last = Episodes.from_minari(dataset, range(4, dataset.total_episodes))
     expected = open_loop(model, last, model.scaling.obs_std, horizon=8, context=2, trajectories=2)
     assert torch.equal(result.obs_error, expected.obs_error)
-    assert len(compare(model, "a-v0", horizon=8, context=2, trajectories=1).obs_error) == 1
+    assert len(score(model, "a-v0", horizon=8, context=2, trajectories=1).obs_error) == 1
     with pytest.raises(ValueError, match="left out the last 2 episodes of a-v0, so 3 can't"):
-        compare(model, "a-v0", horizon=8, context=2, trajectories=3)
+        score(model, "a-v0", horizon=8, context=2, trajectories=3)
     with pytest.raises(ValueError, match="left out the last 0 episodes"):
-        compare(pendulum(data={"dataset": "a-v0", "held_out": 0}), "a-v0", horizon=8, context=2)
+        score(pendulum(data={"dataset": "a-v0", "held_out": 0}), "a-v0", horizon=8, context=2)
     other = pendulum(data={"dataset": "b-v0", "held_out": 2})
-    assert len(compare(other, "a-v0", horizon=8, context=2).obs_error) == 6, "all are new to this one"
+    assert len(score(other, "a-v0", horizon=8, context=2).obs_error) == 6, "all are new to this one"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari would like an author, a permalink, ...
@@ -105,24 +105,24 @@ def test_short_episodes_are_left_out_before_the_last_ones_are_taken() -> None:
     spaces = {"observation_space": box(-np.inf, np.inf, (3,)), "action_space": box(-2, 2, (1,))}
     dataset = minari.create_dataset_from_buffers("short-v0", buffers, **spaces)
     model = pendulum()
-    result = compare(model, "short-v0", horizon=8, context=2, trajectories=2)
+    result = score(model, "short-v0", horizon=8, context=2, trajectories=2)
     long = Episodes.from_minari(dataset, range(1, 3))
     expected = open_loop(model, long, model.scaling.obs_std, horizon=8, context=2, trajectories=2)
     assert torch.equal(result.obs_error, expected.obs_error)
     with pytest.raises(ValueError, match=r"3 of the 6 episodes .* = 10 frames, 4 are needed, the longest has 13"):
-        compare(model, "short-v0", horizon=8, context=2, trajectories=4)
+        score(model, "short-v0", horizon=8, context=2, trajectories=4)
 
 
 def test_another_simulators_data_are_refused() -> None:
     collect("Reacher-v5", "reacher-v0", seed=0, episodes=1, progress=False)
     with pytest.raises(ValueError, match=r"the model dreams Pendulum-v1, but dataset reacher-v0 .* Reacher-v5"):
-        compare(pendulum(), "reacher-v0", horizon=4)
+        score(pendulum(), "reacher-v0", horizon=4)
     unnamed = pendulum()
     unnamed.card = {}
     with pytest.raises(ValueError, match=r"the model has an observation_space of shape \(3,\), dataset reacher-v0"):
-        compare(unnamed, "reacher-v0", horizon=4)
+        score(unnamed, "reacher-v0", horizon=4)
 
 
 def test_a_missing_dataset_is_told_how_to_get() -> None:
     with pytest.raises(FileNotFoundError, match=r"no dataset none/such-v0 .*kairos collect SIMULATOR none/such-v0"):
-        compare(pendulum(), "none/such-v0")
+        score(pendulum(), "none/such-v0")
