@@ -107,6 +107,19 @@ def state_from_observation(env: gym.Env, obs: ArrayLike, *, pose_only: bool = Fa
     return _pack(sim.model, data)
 
 
+def settle(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A MuJoCo state [S] whose positions or velocities were changed -> one whose bodies are where they now belong."""
+    sim: Any = _supported(env)
+    data, integration = mujoco.MjData(sim.model), state[: integration_size(sim.model)]
+    mujoco.mj_setState(sim.model, data, integration, INTEGRATION)
+    mujoco.mj_normalizeQuat(sim.model, data.qpos)
+    settled = data.qpos.copy()
+    mujoco.mj_forward(sim.model, data)
+    mujoco.mj_setState(sim.model, data, integration, INTEGRATION)  # mj_forward starts the solver anew
+    data.qpos[:] = settled
+    return _pack(sim.model, data)
+
+
 def draw(env: gym.Env, obs: ArrayLike) -> Any:
     """What ``env.render()`` gives for the observation [O], real or dreamed. ``env`` is left in the state drawn.
 

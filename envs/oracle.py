@@ -21,6 +21,7 @@ from .mujoco import (
     integration_size,
     observation_of,
     set_state,
+    settle,
     state_from_observation,
 )
 
@@ -100,7 +101,36 @@ class SimulatorDynamics:
         theirs, ours = env.unwrapped.spec, self._sim.spec
         if theirs is None or ours is None or theirs.id != ours.id:
             raise ValueError(f"this is the simulator {ours and ours.id}; it can't continue {theirs and theirs.id}")
-        return self.initial(1).replace(simulator=torch.from_numpy(get_state(env))[None])
+        return self.at(torch.from_numpy(get_state(env))[None])
+
+    def at(self, simulator: Tensor) -> LatentState:
+        """Exact states [B,S] float64, as ``envs.get_state`` gives them -> State. Raises ValueError for another shape."""
+        if simulator.ndim != 2 or simulator.shape[1] != self._size or not len(simulator):
+            raise ValueError(f"states of this simulator are [B,{self._size}], got {tuple(simulator.shape)}")
+        return self.initial(len(simulator)).replace(simulator=simulator.double())
+
+    def coordinates(self, state: LatentState) -> Tensor:
+        """Generalised positions, then velocities, of each future -> [B,Q] float64; Pendulum's are angle and speed."""
+        rows = state["simulator"]
+        if isinstance(self._sim, PendulumEnv):
+            return rows
+        return rows[:, 1 : 1 + self._sim.model.nq + self._sim.model.nv]
+
+    def displaced(self, state: LatentState, by: Tensor) -> LatentState:
+        """The same futures with their ``coordinates`` moved by [B,Q] -> State. By zero, nothing changes.
+
+        Raises ValueError for another shape or what isn't finite.
+        """
+        wanted = self.coordinates(state).shape
+        if by.shape != wanted or not bool(by.isfinite().all()):
+            raise ValueError(f"the displacement must be finite and [B,Q] = {tuple(wanted)}, got {tuple(by.shape)}")
+        rows = state["simulator"].clone()
+        if isinstance(self._sim, PendulumEnv):
+            return state.replace(simulator=rows + by)
+        rows[:, 1 : 1 + wanted[1]] += by
+        moved = by.abs().amax(1) > 0
+        placed = [settle(self._sim, row) if bool(m) else row for row, m in zip(rows.numpy(), moved, strict=True)]
+        return state.replace(simulator=torch.from_numpy(np.stack(placed)))
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         """Plays actions [B,K,A], 1 <= K <= chunk, in the simulator -> (State after them, Imagined).

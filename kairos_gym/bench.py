@@ -17,7 +17,7 @@ from kairos_gym.open_loop import open_loop
 from kairos_gym.plan import plan
 from kairos_gym.recipes import RECIPES, Data, config, data, errors
 from planners import CEM
-from world_model.baselines import Ensemble, fit_ensemble
+from world_model.baselines import fit_ensemble
 from world_model.episodes import Episodes
 from world_model.fit import fit
 
@@ -38,9 +38,8 @@ def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> di
     """
     have, recipe = data(task), RECIPES[task]
     if form == "pets":
-        torch.manual_seed(seed)
-        model: Any = Ensemble(have.spec)
-        updates, cpu = fit_ensemble(model, have.train, cpu_seconds=CPU_SECONDS, seed=seed), CPU_SECONDS
+        model: Any = fit_ensemble(have.spec, have.train, cpu_seconds=CPU_SECONDS, seed=seed)
+        updates, cpu = model.card["updates"], CPU_SECONDS
     else:
         train = replace(recipe.train, seed=seed)
         if form == "plain":  # nearly all of the time goes to the transformer; 500 updates teach it rewards

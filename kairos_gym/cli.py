@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
 Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
-Behaviour = Literal["uniform", "held", "mixed"]
+Behaviour = Literal["uniform", "held", "mixed", "ladder"]
 Method = Literal["cem", "mppi", "shooting"]
 
 
@@ -39,7 +40,8 @@ def collect(
         steps: how many steps, or else
         episodes: how many episodes
         episode_steps: the time limit of an episode, instead of the simulator's own
-        behaviour: independent actions, actions held for 1 to 8 steps, or the two by turns
+        behaviour: independent actions, actions held for 1 to 8 steps, the two by turns, or ten policies by turns, from
+            doing nothing to trained ones (which are trained first where they haven't been, a few minutes)
     """
     from kairos_gym.collect import collect
 
@@ -172,6 +174,74 @@ def score(
     print(f"\n{len(result.obs_error)} episodes of {dataset_id}, dreamed after {context} real frames")
 
 
+def compare(
+    model: str,
+    env: str | None = None,
+    policies: tuple[str, ...] = (),
+    episodes: int = 16,
+    seed: int = 10_000,
+    horizon: int = 64,
+    context: int = 16,
+    chunk: int = 1,
+    episode_steps: int | None = None,
+    success: str | None = None,
+    references: bool = True,
+    out: Path | None = None,
+) -> None:
+    """Hold a dream against its simulator and write a report page (kairos_gym.compare.compare).
+
+    Ten policies of different skill play in both; some are trained first, where they haven't been (a few minutes).
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        env: the simulator, instead of the one that the model was trained on
+        policies: more policies, Stable-Baselines3 files such as ppo:runs/mine.zip; load only those you trust
+        episodes: how many starts, the same for every policy
+        seed: start e is that of seed + e
+        horizon: how many steps to dream without looking
+        context: how many real frames to show first
+        chunk: how many steps to imagine at once
+        episode_steps: the time limit of an episode, instead of the simulator's own
+        success: which observations are a success, as module:function, (obs [N,...]) -> bool [N]
+        references: fit what knows less (nothing moves, linear, ensemble) on the model's training data, beside it
+        out: the folder to write index.html, comparison.json and logs/ to; reports/MODEL-ENV where not given
+    """
+    from importlib import import_module
+
+    from kairos_gym import comparison_page
+    from kairos_gym.compare import compare
+    from kairos_gym.models import load
+    from kairos_gym.policies import ladder
+    from kairos_gym.policies import load as load_policy
+
+    world = load(model)
+    env_id = env or world.card.get("env")
+    if env_id is None:
+        raise ValueError(f"the card of {model} names no simulator: say which with --env")
+    success_fn = None
+    if success is not None:
+        module, _, name = success.partition(":")
+        success_fn = getattr(import_module(module), name, None)
+        if not callable(success_fn):
+            raise ValueError(f"success must be module:function, and there is no function {success!r}")
+    found = compare(
+        model,
+        env_id,
+        policies=[*ladder(env_id), *(load_policy(source, env_id) for source in policies)],
+        episodes=episodes,
+        seed=seed,
+        horizon=horizon,
+        context=context,
+        chunk=chunk,
+        limit=episode_steps,
+        success_fn=success_fn,
+        references=references,
+    )
+    folder = out or Path("reports") / f"{Path(model).name}-{env_id}"
+    path = comparison_page.write(found, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
+    print("\n".join(comparison_page.in_short(found.numbers())), f"The report: {path}", sep="\n\n")
+
+
 def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path = Path("reports/demo.html")) -> None:
     """Plan in a dream, act in the real simulator, and write a report page (kairos_gym.demo.demo).
 
@@ -208,7 +278,7 @@ def bench() -> None:
     """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, score, plan, demo, info, bench)}
+COMMANDS = {f.__name__: f for f in (collect, train, score, compare, plan, demo, info, bench)}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import gymnasium as gym
 import minari
@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
+from kairos_gym.policies import Policy, fingerprint, ladder
 from world_model.episodes import spec_of
 
-Behaviour = Literal["uniform", "held", "mixed"]
+Behaviour = Literal["uniform", "held", "mixed", "ladder"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
 HEADER = struct.Struct("<QI")  # a journal record's length in bytes and its checksum
@@ -56,7 +57,8 @@ def collect(
     steps, episodes: how much, one of the two. The last episode is finished, so there may be a few more ``steps``.
     episode_steps: the time limit of an episode, instead of the simulator's own; needed where it has none.
     behaviour: "uniform", independent uniform actions; "held", uniform actions each held for 1 to 8 steps; "mixed", the
-        two by turns, an episode each.
+        two by turns, an episode each; "ladder", the policies of ``kairos_gym.policies.ladder`` by turns, from doing
+        nothing to trained ones, which are trained first where they haven't been.
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
         unbroken one only if the policy is a pure function.
 
@@ -73,7 +75,10 @@ def collect(
     env = make_real(env_id, **limit)
     try:
         _check_env(env)
+        turns = ladder(env_id, progress=progress) if behaviour == "ladder" else []
         recipe = _recipe(env_id, env, seed, episode_steps, behaviour, policy)
+        if turns:
+            recipe["policies"] = fingerprint(env_id, turns)
         amount = {name: n for name, n in (("steps", steps), ("episodes", episodes)) if n is not None}
         final = get_dataset_path(dataset_id)
         part = final.with_name(f".{final.name}.part")  # hidden, so that Minari doesn't list it
@@ -85,7 +90,7 @@ def collect(
         with open(part / "episodes.journal", "a+b") as journal:
             _lock(journal, dataset_id)
             _keep_recipe(part / "recipe.json", recipe, dataset_id)
-            _collect_missing(env, journal, seed, amount, behaviour, policy, part, progress)
+            _collect_missing(env, journal, seed, amount, behaviour, turns, policy, part, progress)
             _write_dataset(env, journal, dataset_id, recipe, amount, part / "dataset")
         (part / "dataset").rename(final)
         shutil.rmtree(part)
@@ -136,8 +141,8 @@ def _check_arguments(
     for name, value in (("steps", steps), ("episodes", episodes), ("episode_steps", episode_steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if behaviour not in ("uniform", "held", "mixed"):
-        raise ValueError(f"behaviour must be 'uniform', 'held' or 'mixed', got {behaviour!r}")
+    if behaviour not in get_args(Behaviour):
+        raise ValueError(f"behaviour must be one of {', '.join(map(repr, get_args(Behaviour)))}, got {behaviour!r}")
     if policy is not None and behaviour != "mixed":
         raise ValueError(f"a policy takes the place of behaviour, so leave out behaviour={behaviour!r}")
 
@@ -224,6 +229,7 @@ def _collect_missing(
     seed: int,
     amount: dict[str, int],
     behaviour: str,
+    turns: list[Policy],
     policy: Callable[[Any], Any] | None,
     part: Path,
     progress: bool,
@@ -242,7 +248,7 @@ def _collect_missing(
         bar.write(f"{before}{go_on} {part}", file=sys.stderr)
     try:
         while done < goal:
-            episode = _play(env, seed, played, behaviour, policy)
+            episode = _play(env, seed, played, behaviour, turns, policy)
             _append(journal, episode)
             played, steps = played + 1, steps + len(episode["rewards"])
             done = min(goal, steps if unit == "steps" else played)
@@ -256,8 +262,10 @@ def _collect_missing(
         bar.close()
 
 
-def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[[Any], Any] | None) -> Episode:
-    """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T]."""
+def _play(
+    env: gym.Env, seed: int, index: int, behaviour: str, turns: list[Policy], policy: Callable[[Any], Any] | None
+) -> Episode:
+    """Episode number ``index``, played by one of ``turns`` where there are any: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T]."""
     rng = np.random.default_rng([seed, index])
     env_seed = int(rng.integers(2**31))
     held = behaviour == "held" or (behaviour == "mixed" and index % 2 == 1)
@@ -267,7 +275,10 @@ def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[
     terminations: list[bool] = []
     truncations: list[bool] = []
     while not (terminations and (terminations[-1] or truncations[-1])):
-        action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
+        if turns:
+            action = turns[index % len(turns)].act(_alone(obs), len(actions), np.array([env_seed]))[0]
+        else:
+            action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
         obs, reward, terminated, truncated, _ = env.step(action)
         observations.append(obs)
         actions.append(action)
@@ -282,6 +293,13 @@ def _play(env: gym.Env, seed: int, index: int, behaviour: str, policy: Callable[
         "terminations": np.array(terminations),
         "truncations": np.array(truncations),
     }
+
+
+def _alone(obs: Any) -> Any:
+    """An observation as a batch of one."""
+    return (
+        {key: np.asarray(part)[None] for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+    )
 
 
 def _stacked(name: str, values: list[Any]) -> Episode:

@@ -32,13 +32,17 @@ class DreamEnv(gym.Env[Any, Any]):
         only shorten; to dream for longer than the card says, make a ``DreamEnv`` itself.
     reward_fn, termination_fn: functions (obs, action, next_obs) -> [N] of N simulator steps at once, in torch or in
         numpy, instead of what the model says; see ``kairos_gym.judge``.
+    max_error: end a dream (truncated) where its error may have passed this by now: the RMS over dimensions of dreamed less
+        real, each over its std in the training data. confidence: with which chance the bound holds (0.9 where only
+        max_error is given), for dreams like those the model was calibrated on. With either, ``info["trust"]`` tells the
+        bound after each step. See ``world_model.trust``.
     render_mode: "rgb_array" puts the real simulator into the dreamed state and draws that.
 
     The returned observation is projected onto the space's finite bounds, which Gymnasium requires it to respect: a
     dreamed cosine may be 1.0001. What the model said is in ``info["imagined"]``, and the dream goes on from that.
 
-    Raises FileNotFoundError for an unknown model, ValueError for a chunk, limit, flow_steps or render mode that can't
-    be had, TypeError for a model or function that isn't one.
+    Raises FileNotFoundError for an unknown model, ValueError for a chunk, limit, flow_steps, render mode, max_error or
+    confidence that can't be had, TypeError for a model or function that isn't one.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012, Gymnasium's form
@@ -53,6 +57,8 @@ class DreamEnv(gym.Env[Any, Any]):
         max_episode_steps: int | None = None,
         reward_fn: JudgeFn | None = None,
         termination_fn: JudgeFn | None = None,
+        max_error: float | None = None,
+        confidence: float | None = None,
         render_mode: str | None = None,
     ):
         dreams = Dreams(
@@ -64,6 +70,8 @@ class DreamEnv(gym.Env[Any, Any]):
             max_episode_steps=max_episode_steps,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
+            max_error=max_error,
+            confidence=confidence,
         )
         self._look_at(dreams, 0, render_mode, None)
 
@@ -122,7 +130,9 @@ class DreamEnv(gym.Env[Any, Any]):
 
         The observation is that of the last inner step, and the reward the sum over the inner steps, up to the one
         that terminates or reaches the limit. ``info["imagined"]`` holds all K as the model gave them: "obs" [K,O],
-        "reward" [K], "terminated" [K]; those after the end mean nothing. A dream that turns non-finite ends there:
+        "reward" [K], "terminated" [K]; those after the end mean nothing. ``info["trust"]``, where it was asked for,
+        holds "error_bound" (infinite beyond the longest dream that was calibrated), "confidence" and "steps" since the
+        last real frame. A dream that turns non-finite ends there:
         truncated is True, ``info["non_finite"]`` too, and the observation is the last finite one.
 
         Raises TypeError for actions that aren't numbers and ValueError for a wrong shape, a NaN or one out of range;
@@ -142,6 +152,9 @@ class DreamEnv(gym.Env[Any, Any]):
         }
         if not step.counts_whole and lost[0]:
             info["non_finite"] = True
+        if step.believed is not None:
+            bound, steps = float(step.believed.bound[0]), int(step.believed.steps[0])
+            info["trust"] = {"error_bound": bound, "confidence": dreams.confidence, "steps": steps}
         return dreams.doors.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def snapshot(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dreams import Dreams, Rows, is_int
 from kairos_gym.judge import JudgeFn, to_numpy
-from kairos_gym.steps import Ends, Step
+from kairos_gym.steps import Believed, Ends, Step
 from world_model.contract import Dynamics, Imagined
 from world_model.vectors import ActionCheck, unflatten
 
@@ -42,6 +43,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         max_episode_steps: int | None = None,
         reward_fn: JudgeFn | None = None,
         termination_fn: JudgeFn | None = None,
+        max_error: float | None = None,
+        confidence: float | None = None,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
     ):
@@ -54,6 +57,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             max_episode_steps=max_episode_steps,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
+            max_error=max_error,
+            confidence=confidence,
         )
         self._hold(dreams, render_mode, autoreset_mode)
 
@@ -152,8 +157,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         """Imagine actions [B,...], or [B,K,...] -> observations, rewards, terminations, truncations [B], infos.
 
         As in ``DreamEnv.step`` for each dream, and what ``autoreset_mode`` says for those that have ended. infos has
-        "imagined" with "obs" [B,K,O], "reward" and "terminated" [B,K]; "non_finite" [B] where a dream was lost; and
-        for each a mask [B] under the name with "_" before it.
+        "imagined" with "obs" [B,K,O], "reward" and "terminated" [B,K]; "non_finite" [B] where a dream was lost;
+        "trust" with "error_bound", "confidence" and "steps" [B] where it was asked for; and for each a mask [B] under the name with "_" before it.
         """
         dreams = self._dreams
         played = dreams.doors.actions(self._check(actions), self.num_envs, dreams.device)
@@ -161,10 +166,11 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             went = self._advance(played, True)
         step = went.step
         (obs, reward), (terminated, truncated, _) = step.arrays(), step.ends
-        infos = _infos(step, went.played if went.done is None else ~went.done)
+        tell = partial(_infos, step, dreams.confidence)
+        infos = tell(went.played if went.done is None else ~went.done)
         if went.done is not None:
             infos |= {"final_obs": np.full(self.num_envs, None), "_final_obs": went.done}
-            infos |= {"final_info": _infos(step, went.done), "_final_info": went.done}
+            infos |= {"final_info": tell(went.done), "_final_info": went.done}
             for b in np.flatnonzero(went.done):
                 infos["final_obs"][b] = dreams.doors.shown(obs[b])
         if went.began:
@@ -177,7 +183,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         actions: float32 [B,A] or [B,K,A], as vectors (``model.spec.action_box``; those of Discrete spaces one-hot).
         Returns observations (float32 [B,...] in the space's structure, within its finite bounds; None with
         decode=False), rewards float32 [B], terminations and truncations bool [B], infos: "imagined"
-        (``world_model.contract.Imagined``), "non_finite" [B] where a dream was lost, and with SAME_STEP "final_obs"
+        (``world_model.contract.Imagined``), "non_finite" [B] where a dream was lost, "error_bound" float32 [B] where it
+        was asked for, and with SAME_STEP "final_obs"
         [B,...] and its mask "_final_obs" [B], where dreams ended and began again. With NEXT_STEP a dream that only
         begins again imagines zeros. Observations and what was imagined are not to be changed in place: the dreams go on
         from them.
@@ -204,6 +211,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 infos["final_obs"] = None if step.obs is None else self._structured(step.obs)
             if not step.counts_whole and step.ends.lost.any():
                 infos["non_finite"] = torch.from_numpy(step.ends.lost).to(reward.device)
+            if step.believed is not None:
+                infos["error_bound"] = torch.from_numpy(step.believed.bound).to(reward.device, reward.dtype)
             obs = self._structured(dreams.obs) if decode and dreams.obs is not None else None
         terminated, truncated = (torch.from_numpy(x.copy()).to(reward.device) for x in step.ends[:2])
         return obs, reward, terminated, truncated, infos
@@ -253,7 +262,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 where = torch.from_numpy(going)
                 step = _spread(dreams.step(actions[where], going, decode=decode), where, self.num_envs)
             else:
-                step = _idle(actions, self.model.spec.observation_box.shape[0], decode)
+                step = _idle(actions, self.model.spec.observation_box.shape[0], decode, dreams.believes)
             dreams.reset(np.flatnonzero(over))
             return _Went(step, ~over, None, True)
         if self.autoreset_mode is AutoresetMode.SAME_STEP and dreams.any_ended:  # by way of ``row`` or ``restore``
@@ -288,12 +297,13 @@ class _Went(NamedTuple):
     began: bool  # whether any dream did either
 
 
-def _idle(actions: Tensor, size: int, decode: bool) -> Step:
+def _idle(actions: Tensor, size: int, decode: bool, believes: bool) -> Step:
     """The step of dreams that do nothing but begin again."""
     b, k = actions.shape[:2]
     reward, never = actions.new_zeros(b, k), np.zeros(b, bool)
     imagined = Imagined(actions.new_zeros(b, k, size) if decode else None, reward, reward > 0)
-    return Step(imagined, Ends(never, never, never))
+    nothing = None if not believes else Believed(np.zeros(b), np.zeros(b, np.int64))
+    return Step(imagined, Ends(never, never, never), believed=nothing)
 
 
 def _spread(step: Step, rows: Tensor, batch: int) -> Step:
@@ -303,11 +313,12 @@ def _spread(step: Step, rows: Tensor, batch: int) -> Step:
         return None if x is None else x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows.to(x.device), x)
 
     ends = Ends(*(place(torch.from_numpy(x)).numpy() for x in step.ends))
-    imagined = Imagined(*map(place, step.imagined))
-    return Step(imagined, ends, None, place(step.obs), place(step.reward))
+    imagined, told = Imagined(*map(place, step.imagined)), step.believed
+    believed = None if told is None else Believed(*(place(torch.from_numpy(x)).numpy() for x in told))
+    return Step(imagined, ends, None, place(step.obs), place(step.reward), believed)
 
 
-def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
+def _infos(step: Step, confidence: float, mask: NDArray[np.bool_]) -> dict[str, Any]:
     """What a step tells beside its outcome, of the dreams that ``mask`` says, in Gymnasium's form."""
     obs, reward, ends = step.inner
     inner = {
@@ -322,6 +333,11 @@ def _infos(step: Step, mask: NDArray[np.bool_]) -> dict[str, Any]:
     if not step.counts_whole and step.ends.lost.any():
         lost = step.ends.lost & mask
         infos |= {"non_finite": lost, "_non_finite": lost}
+    if step.believed is not None:
+        bound, steps = (np.where(mask, x, 0) for x in step.believed)
+        sure = np.where(mask, confidence, 0.0)
+        told = {"error_bound": bound, "confidence": sure, "steps": steps}
+        infos |= {"trust": told | {f"_{name}": mask for name in told}, "_trust": mask}
     return infos
 
 

@@ -6,7 +6,7 @@ import secrets
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,21 @@ from torch import Tensor
 from kairos_gym.doors import Doors
 from kairos_gym.judge import Judge, JudgeFn, to_numpy
 from kairos_gym.models import load
-from kairos_gym.steps import Ends, Inner, Step, is_plain
+from kairos_gym.steps import Believed, Ends, Inner, Step, is_plain
 from world_model.contract import Dynamics, Imagined
 from world_model.noise import bits
+from world_model.trust import Trust
 from world_model.vectors import unflatten
 
 Rows = NDArray[np.int64]
+
+
+class _Doubts(NamedTuple):
+    """Of R dreams after each of K inner steps, all [R,K]: see ``world_model.trust``."""
+
+    doubt: NDArray[np.float32]
+    bound: NDArray[np.float64]
+    steps: NDArray[np.int64]  # since the last real frame
 
 
 class Dreams:
@@ -34,7 +43,8 @@ class Dreams:
     Each dream has a seed of its own and counts its episodes; start and noise of an episode are a function of the two.
     With its actions they decide all that is dreamed, whatever rows lie beside it.
 
-    model, chunk, sampled, flow_steps, max_episode_steps, reward_fn, termination_fn: see ``DreamEnv``.
+    model, chunk, sampled, flow_steps, max_episode_steps, reward_fn, termination_fn, max_error, confidence: see
+    ``DreamEnv``.
     """
 
     def __init__(
@@ -48,6 +58,8 @@ class Dreams:
         max_episode_steps: int | None = None,
         reward_fn: JudgeFn | None = None,
         termination_fn: JudgeFn | None = None,
+        max_error: float | None = None,
+        confidence: float | None = None,
     ):
         self.model: Any = load(model) if isinstance(model, str | Path) else model
         if not all(hasattr(self.model, verb) for verb in ("spec", "initial", "observe", "imagine")):
@@ -73,7 +85,11 @@ class Dreams:
             max_episode_steps=max_episode_steps,
             reward_fn=reward_fn,
             termination_fn=termination_fn,
+            max_error=max_error,
+            confidence=confidence,
         )
+        self.max_error, self.confidence = max_error, 0.9 if confidence is None else confidence
+        self._trust = None if max_error is None and confidence is None else self._calibration(sampled)
         # Models without a flow know neither argument, so the defaults are left unsaid.
         self._flow: dict[str, Any] = ({"sampled": True} if sampled else {}) | (
             {"flow_steps": flow_steps} if flow_steps != 1 else {}
@@ -92,6 +108,7 @@ class Dreams:
         self._episode = np.full(self.batch, -1)  # since the seed was given; -1 before the first
         self._clock = 0  # simulator steps that all have made
         self._born = np.zeros(self.batch, np.int64)  # where the clock stood when the episode began, more or less
+        self._doubt = np.full(self.batch, np.nan, np.float32)  # NaN where nobody asked; see ``world_model.trust``
         self.any_ended, self._due = True, 0  # where the clock stands when the first dream reaches its limit
         never = np.zeros(self.batch, bool)
         self._never = Ends(never, never, never)
@@ -105,6 +122,11 @@ class Dreams:
         if self._inner_obs is not None:
             return self._inner_obs[:, -1]
         return self._obs if self._known.all() else None
+
+    @property
+    def believes(self) -> bool:
+        """Whether somebody asked how wrong the dreams may be."""
+        return self._trust is not None
 
     @property
     def has_starts(self) -> bool:
@@ -151,6 +173,8 @@ class Dreams:
         self.state = state
         self._place(at, obs[:, -1].clone())
         self._seed[at], self._episode[at], self._born[at], self.ended[at] = seed, episode, self._clock, False
+        if self._trust is not None:
+            self._doubt[at] = self._trust.begin(len(at), obs.shape[1]).numpy()
         self._count()
 
     def step(self, actions: Tensor, rows: Rows | None = None, *, decode: bool = True) -> Step:
@@ -165,15 +189,22 @@ class Dreams:
         if self._reward is not None or self._termination is not None:
             imagined = self._judged(actions, imagined, rows)
         inner = Inner.of(imagined) if self.device.type == "cpu" else None
-        if rows is None and self._clock + self.chunk < self._due and is_plain(imagined, inner):
+        at = self._at(rows)
+        doubts = None if self._trust is None else self._doubts(actions, imagined, at)
+        if (
+            rows is None
+            and self._clock + self.chunk < self._due
+            and is_plain(imagined, inner)
+            and (doubts is None or not self._too_wrong(doubts.bound).any())
+        ):
             # Nothing ends: what nearly every step comes to.
             self.state, self._inner_obs = after, imagined.obs
             if imagined.obs is None:
                 self._known[:] = False
             self._clock += self.chunk
-            return Step(imagined, self._never, inner)
-        at = self._at(rows)
-        stepped, steps = self._ending(imagined, inner or Inner.of(imagined), at)
+            return Step(imagined, self._never, inner, believed=self._believe(doubts, at, self.chunk))
+        stepped, steps = self._ending(imagined, inner or Inner.of(imagined), at, doubts)
+        stepped.believed = self._believe(doubts, at, steps)
         self.state = after if rows is None else self.state.put(torch.from_numpy(at), after)
         self._place(at, stepped.obs)
         self._born[at] -= steps  # the clock stands still for the others
@@ -234,6 +265,11 @@ class Dreams:
             raise ValueError(
                 f"this snapshot is {columns['age'].max()} steps into its episode, and here episodes end after "
                 f"{self.limit}: make the env with a larger max_episode_steps"
+            )
+        if self._trust is not None and np.isnan(columns["doubt"]).any():
+            raise ValueError(
+                "this snapshot was taken where nobody asked how wrong the dreams may be: make both envs with the same "
+                "confidence or max_error"
             )
         obs = kept["obs"].to(self.device) if "obs" in kept else None
         state = type(fresh).from_bytes(blob_of_state, self.device)
@@ -309,7 +345,9 @@ class Dreams:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _ending(self, imagined: Imagined, inner: Inner, at: Rows) -> tuple[Step, NDArray[np.int64]]:
+    def _ending(
+        self, imagined: Imagined, inner: Inner, at: Rows, doubts: _Doubts | None
+    ) -> tuple[Step, NDArray[np.int64]]:
         """The general case, in which dreams may end within the chunk -> Step, inner steps that count [R]."""
         (obs, reward, _), end = imagined, inner.terminated
         good = np.isfinite(inner.reward)
@@ -317,6 +355,9 @@ class Dreams:
             good &= np.isfinite(inner.obs).all(-1)
         steps = np.where(end.any(1), end.argmax(1) + 1, self.chunk)
         left = np.full(len(at), self.chunk + 1) if self.limit is None else self.limit - (self._clock - self._born[at])
+        if doubts is not None:  # the first inner step that may be too wrong is the last
+            wrong = self._too_wrong(doubts.bound)
+            left = np.where(wrong.any(1), np.minimum(left, wrong.argmax(1) + 1), left)
         steps = np.minimum(steps, left)
         sound = np.where(good.all(1), self.chunk, good.argmin(1))  # inner steps before the first that isn't finite
         lost = sound < steps
@@ -332,6 +373,46 @@ class Dreams:
             last = torch.where((which > 0)[:, None], known, before)
         ends = Ends((end & counts).any(1), lost | (steps == left), lost)
         return Step(imagined, ends, inner, last, earned), steps
+
+    def _calibration(self, sampled: bool) -> Trust:
+        """Raises ValueError where the model can't say how wrong it may be, or not with that confidence."""
+        if self.max_error is not None and not self.max_error > 0:
+            raise ValueError(f"max_error must be above 0, got {self.max_error}")
+        if sampled:
+            raise ValueError(
+                "max_error and confidence bound the error of the mean dream, so they can't go with sampled=True"
+            )
+        trust = getattr(self.model, "trust", None)
+        if trust is None:
+            raise ValueError(
+                "this model was not calibrated, so it can't say how wrong it may be: run kairos calibrate MODEL DATASET "
+                "with recorded episodes that its training left out"
+            )
+        trust.expect(self.confidence)
+        return trust  # type: ignore[no-any-return]
+
+    def _doubts(self, actions: Tensor, imagined: Imagined, at: Rows) -> _Doubts:
+        """How wrong the dreams ``at`` may be after each of these inner steps."""
+        (present, known), trust = self.present(), self._trust
+        if imagined.obs is None or not known[at].all():
+            raise ValueError("max_error and confidence follow the observations, so no step may have decode=False")
+        assert trust is not None
+        with torch.no_grad():
+            before = torch.cat([present[torch.from_numpy(at)][:, None], imagined.obs[:, :-1]], 1)
+            doubt = trust.follow(torch.from_numpy(self._doubt[at]), before.cpu(), actions.cpu())
+            age = torch.from_numpy(self._clock - self._born[at])[:, None] + torch.arange(1, self.chunk + 1)
+            return _Doubts(doubt.numpy(), trust.bound(doubt, age, self.confidence).double().numpy(), age.numpy())
+
+    def _too_wrong(self, bound: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return np.zeros(bound.shape, bool) if self.max_error is None else ~(bound <= self.max_error)
+
+    def _believe(self, doubts: _Doubts | None, at: Rows, steps: Any) -> Believed | None:
+        """Keep the doubt after so many inner ``steps`` (of a lost dream, none may count), and tell of it."""
+        if doubts is None:
+            return None
+        row, last = np.arange(len(at)), np.maximum(steps, 1) - 1
+        self._doubt[at] = doubts.doubt[row, last]
+        return Believed(doubts.bound[row, last], doubts.steps[row, last])
 
     def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
         """What the user's own functions say of the imagined steps, in place of what the model says."""
@@ -375,11 +456,23 @@ class Dreams:
     def _columns(self) -> dict[str, NDArray[Any]]:
         """What is known of each dream beside what the model remembers; age in simulator steps."""
         age = self._clock - self._born
-        return {"age": age, "ended": self.ended.copy(), "seed": self._seed.copy(), "episode": self._episode.copy()}
+        return {
+            "age": age,
+            "ended": self.ended.copy(),
+            "seed": self._seed.copy(),
+            "episode": self._episode.copy(),
+            "doubt": self._doubt.copy(),
+        }
 
     def _set_columns(self, at: Any, columns: dict[str, NDArray[Any]]) -> None:
         self._born[at] = self._clock - columns["age"]
-        self.ended[at], self._seed[at], self._episode[at] = (columns[name] for name in ("ended", "seed", "episode"))
+        for own, name in (
+            (self.ended, "ended"),
+            (self._seed, "seed"),
+            (self._episode, "episode"),
+            (self._doubt, "doubt"),
+        ):
+            own[at] = columns[name]
         self._count()
 
     def _count(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kairos_gym.collect import recorded, simulator_of
 from kairos_gym.models import load
-from world_model.contract import Dynamics
+from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
 
@@ -20,24 +21,76 @@ CONTEXT = 16  # real frames that a model sees before its dream is scored
 
 
 @dataclass(frozen=True)
+class Windows:
+    """W stretches of real episodes: of each a dream sees some frames, then dreams on with the actions really played."""
+
+    episodes: Episodes
+    at: Tensor  # int64 [W], the last frame seen
+    seen: Tensor  # int64 [W], how many frames are seen, that one included
+    horizon: int  # h, steps to dream; those beyond the episode's end are not valid
+    states: Tensor | None = None  # [F,S] the simulator's exact state at each frame of the episodes, where it is known
+
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What followed in the simulator: obs, action, reward, terminated and valid, each [W,h,...]."""
+        obs, action, reward, ended, valid = (x[:, 1:] for x in self.episodes.windows(self.at, self.horizon + 1))
+        return obs, action, reward, ended, valid
+
+    def begin(self, dynamics: Dynamics) -> Any:
+        """A state in which each row has seen its own frames; of the simulator itself, its exact state."""
+        if self.states is not None and hasattr(dynamics, "at"):
+            return dynamics.at(self.states[self.at])
+        state = dynamics.initial(len(self.at))
+        for frames in self.seen.unique().tolist():
+            rows = (self.seen == frames).nonzero()[:, 0]
+            obs, actions, *_ = self.episodes.windows(self.at[rows] - frames + 1, frames)
+            state = state.put(rows, dynamics.observe(dynamics.initial(len(rows)), obs, actions))
+        return state
+
+    @torch.inference_mode()
+    def dream(
+        self, dynamics: Dynamics, *, state: Any = None, actions: Tensor | None = None, chunk: int = 1, **imagine: Any
+    ) -> Imagined:
+        """All h steps, dreamed with the actions really played, without another look -> Imagined [W,h,...].
+
+        state: begin there instead of where ``begin`` does. actions: [W,h,A] to play instead.
+        """
+        state = self.begin(dynamics) if state is None else state
+        parts = []
+        for piece in (self.real[1] if actions is None else actions).split(chunk, 1):
+            state, imagined = dynamics.imagine(state, piece, **imagine)
+            parts.append(imagined)
+        return Imagined(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+
+    def against(self, imagined: Imagined, std: Tensor) -> OpenLoop:
+        """What was wrong in a ``dream`` of these windows; std [O] is the unit of each dimension."""
+        obs, _, reward, _, valid = self.real
+        assert imagined.obs is not None
+        # A dream that is no number any more is infinitely wrong: it must not be left out.
+        wrong, missed = (x.nan_to_num(torch.inf) for x in ((imagined.obs - obs) / std, imagined.reward - reward))
+        return OpenLoop(torch.where(valid[..., None], wrong, torch.nan), torch.where(valid, missed, torch.nan))
+
+
+@dataclass(frozen=True)
 class OpenLoop:
-    """What a dream got wrong in E trajectories."""
+    """What a dream got wrong in E trajectories; NaN where an episode had ended."""
 
     obs_error: Tensor  # [E,h,O] dreamed less real, over each dimension's std in the training data
     reward_error: Tensor  # [E,h] in the reward's units
 
-    def part(self, rows: slice) -> OpenLoop:
+    def part(self, rows: slice | Tensor) -> OpenLoop:
         """Some of the trajectories."""
         return OpenLoop(self.obs_error[rows], self.reward_error[rows])
 
     def nrmse(self, horizon: int) -> Tensor:
-        """The RMS over dimensions at step ``horizon`` (1 is the first) of each trajectory -> [E].
+        """The RMS over dimensions at step ``horizon`` (1 is the first) of each trajectory that lasts so long -> [<=E].
 
         Raises ValueError for a step that wasn't dreamed.
         """
         if not 1 <= horizon <= self.obs_error.shape[1]:
             raise ValueError(f"{self.obs_error.shape[1]} steps were dreamed, so there is no error at step {horizon}")
-        return self.obs_error[:, horizon - 1].square().mean(-1).sqrt()
+        error = self.obs_error[:, horizon - 1].square().mean(-1).sqrt()
+        return error[~error.isnan()]
 
     def table(self, horizons: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
         """For each horizon the RMS over trajectories (``rms``) and the median trajectory (``median``).
@@ -51,7 +104,6 @@ class OpenLoop:
         return rows
 
 
-@torch.inference_mode()
 def open_loop(
     model: Dynamics,
     episodes: Episodes,
@@ -80,15 +132,8 @@ def open_loop(
         needed = f"{context + horizon + (begin or 0)} frames"
         raise ValueError(f"{len(first)} episodes have {needed}, {trajectories} are needed: collect more or longer ones")
     first = first + ((episodes.left[first] - (context + horizon - 1)) // 2 if begin is None else begin)
-    obs, actions, reward, _, _ = episodes.windows(first, context + horizon)
-    state = model.observe(model.initial(len(first)), obs[:, :context], actions[:, :context])
-    dreamed, gained = [], []
-    for t in range(context, context + horizon, chunk):
-        state, imagined = model.imagine(state, actions[:, t : min(t + chunk, context + horizon)], **imagine)
-        assert imagined.obs is not None
-        dreamed.append(imagined.obs)
-        gained.append(imagined.reward)
-    return OpenLoop((torch.cat(dreamed, 1) - obs[:, context:]) / std, torch.cat(gained, 1) - reward[:, context:])
+    windows = Windows(episodes, first + context - 1, torch.full_like(first, context), horizon)
+    return windows.against(windows.dream(model, chunk=chunk, **imagine), std)
 
 
 def score(
@@ -111,7 +156,7 @@ def score(
     _check(horizon, context, chunk, 1 if trajectories is None else trajectories)
     world = model if isinstance(model, WorldModel) else load(model)
     dataset = recorded(dataset_id)
-    _check_simulator(world, "the model" if isinstance(model, WorldModel) else f"model {str(model)!r}", dataset)
+    expect_simulator(world, "the model" if isinstance(model, WorldModel) else f"model {str(model)!r}", dataset)
     left_out, total = held_out(world, dataset_id), dataset.total_episodes
     fresh = range(0 if left_out is None else max(0, total - left_out), total)
     if left_out is not None and (trajectories or 1) > left_out:
@@ -154,7 +199,7 @@ def _check(horizon: int, context: int, chunk: int, trajectories: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {n}")
 
 
-def _check_simulator(model: WorldModel, name: str, dataset: Any) -> None:
+def expect_simulator(model: WorldModel, name: str, dataset: Any) -> None:
     ours, theirs = model.card.get("env"), simulator_of(dataset)
     if ours and theirs and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
         raise ValueError(f"{name} dreams {ours}, but dataset {dataset.id} was recorded in {theirs}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import platform
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bo
 th { color: #5a6575; font-weight: 600; border-bottom: 1.5px solid #b9c2ce }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 figure { margin: 1rem 0 1.5rem }
-figure svg { display: block; width: 100%; height: auto }
+figure svg, figure img { display: block; width: 100%; height: auto }
 figcaption, footer { color: #5a6575; font-size: .86rem; line-height: 1.45 }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid #e4e8ee }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere }
@@ -65,6 +66,14 @@ class Report:
         svg = file.getvalue()
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
         return self._add(f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>")
+
+    def picture(self, data: bytes, kind: str, caption: str) -> Report:
+        """A picture, moving or not, of ``kind`` "png" or "webp", inside the page."""
+        coded = base64.b64encode(data).decode()
+        return self._add(
+            f'<figure>\n<img src="data:image/{kind};base64,{coded}" alt="{escape(caption)}">'
+            f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
+        )
 
     def write(self, path: str | Path) -> Path:
         """Write the page, and the folders it stands in -> its absolute path."""

@@ -47,8 +47,15 @@ class Ends(NamedTuple):
     """How a step ended."""
 
     terminated: NDArray[np.bool_]  # [R]
-    truncated: NDArray[np.bool_]  # [R] by the limit, or since the dream is lost
+    truncated: NDArray[np.bool_]  # [R] by the limit, since it may be too wrong by now, or since the dream is lost
     lost: NDArray[np.bool_]  # [R] not finite any more
+
+
+class Believed(NamedTuple):
+    """How wrong each dream may be after a step."""
+
+    bound: NDArray[np.float64]  # [R] that the error won't pass, with the env's confidence
+    steps: NDArray[np.int64]  # [R] since the last real frame
 
 
 class Step:
@@ -57,7 +64,7 @@ class Step:
     ``imagined`` holds all K inner steps, as the model said them, and so does ``inner``, in numpy.
     """
 
-    __slots__ = ("_inner", "_obs", "_reward", "ends", "imagined")
+    __slots__ = ("_inner", "_obs", "_reward", "believed", "ends", "imagined")
 
     def __init__(
         self,
@@ -66,9 +73,10 @@ class Step:
         inner: Inner | None = None,
         obs: Tensor | None = None,
         reward: Tensor | None = None,
+        believed: Believed | None = None,
     ):
-        """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count."""
-        self.imagined, self.ends, self._inner = imagined, ends, inner
+        """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count. believed: None where nobody asked."""
+        self.imagined, self.ends, self._inner, self.believed = imagined, ends, inner, believed
         self._obs, self._reward = obs, reward
 
     @property

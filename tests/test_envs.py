@@ -419,3 +419,39 @@ def test_the_truth_refuses_what_it_cannot_play(sims: dict[str, gym.Env], truths:
         SimulatorDynamics("Pendulum-v1", chunk=0)
     with pytest.raises(TypeError, match="CartPole-v1"):
         SimulatorDynamics("CartPole-v1")
+
+
+SIX = [
+    "Pendulum-v1",
+    "InvertedPendulum-v5",
+    "Reacher-v5",
+    "HalfCheetah-v5",
+    "InvertedDoublePendulum-v5",
+    "Pusher-v5",
+]
+
+
+@pytest.mark.parametrize("env_id", SIX)
+def test_a_displaced_future_is_near_and_by_zero_the_same(env_id: str) -> None:
+    env, simulator = make_real(env_id), SimulatorDynamics(env_id)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(3):
+        env.step(env.action_space.sample())
+    state = simulator.capture(env)
+    here = simulator.coordinates(state)
+    g = torch.Generator().manual_seed(0)
+    by = torch.randn(here.shape, generator=g, dtype=torch.float64)
+    same, near = simulator.displaced(state, 0 * by), simulator.displaced(state, 1e-6 * by)
+    assert torch.equal(same["simulator"], state["simulator"])
+    assert torch.allclose(simulator.coordinates(near) - here, 1e-6 * by, atol=1e-12)
+    low, high = (torch.as_tensor(bound) for bound in (simulator.spec.action_box.low, simulator.spec.action_box.high))
+    actions = (low + (high - low) * torch.rand(1, 2, len(low), generator=g)).float()
+    obs, moved = (simulator.imagine(s, actions)[1].obs for s in (state, near))
+    assert obs is not None and moved is not None
+    assert 0 < (obs - moved).abs().max() < 1e-2, "a little off: a little different"
+    for wrong in (by[:, :-1], by * torch.nan):
+        with pytest.raises(ValueError, match="displacement must be finite"):
+            simulator.displaced(state, wrong)
+    with pytest.raises(ValueError, match="states of this simulator are"):
+        simulator.at(state["simulator"][:, 1:])

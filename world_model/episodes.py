@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -87,6 +87,19 @@ class Episodes:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def shared(self, other: Episodes) -> Tensor:
+        """Which frames of ``other`` end a step (from, action, to) that is, to the last bit, among these -> bool [F]."""
+
+        def steps(episodes: Episodes) -> tuple[np.ndarray, Tensor]:
+            at = (episodes.index > 0).nonzero()[:, 0]
+            rows = torch.cat([episodes.obs[at - 1], episodes.action[at], episodes.obs[at]], 1).contiguous().numpy()
+            return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0], at
+
+        (known, _), (asked, at) = steps(self), steps(other)
+        found = torch.zeros(len(other.obs), dtype=torch.bool)
+        found[at] = torch.from_numpy(np.isin(asked, known))
+        return found
+
     def cut(self, steps: int) -> Episodes:
         """Only the first ``steps`` steps of every episode."""
         keep = self.index <= steps
@@ -107,6 +120,13 @@ class Episodes:
         valid = rows <= end
         rows = torch.minimum(rows, end)
         return self.obs[rows], self.action[rows], self.reward[rows], self.terminated[rows] & valid, valid
+
+
+class Starts(NamedTuple):
+    """Real windows that dreams begin from."""
+
+    obs: Tensor  # [S,T,O]
+    actions: Tensor  # [S,T,A], those that led to each observation
 
 
 def spec_of(env: gym.Env, chunk: int) -> Spec:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from world_model.config import WorldModelConfig
 from world_model.contract import Spec
 from world_model.draft import beta_nll
-from world_model.episodes import Episodes
+from world_model.episodes import Episodes, Starts
 from world_model.flow import corrupt, shift, shift_factor, velocity_loss
-from world_model.model import Starts, WorldModel, save_atomically
+from world_model.model import WorldModel, save_atomically
 from world_model.window import Layout
 
 

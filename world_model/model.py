@@ -19,21 +19,16 @@ from torch import Tensor, nn
 from world_model.config import WorldModelConfig
 from world_model.contract import Imagined, Spec
 from world_model.draft import Draft, Outcome
+from world_model.episodes import Starts
 from world_model.flow import euler, shift_factor
 from world_model.mot import Memory, Trunk
 from world_model.noise import normal
 from world_model.state import LatentState
 from world_model.tokens import Scaling, Tokens
+from world_model.trust import Trust
 from world_model.window import Layout
 
 PIECE = 32  # frames of evidence that one pass takes
-
-
-class Starts(NamedTuple):
-    """Real windows that dreams begin from."""
-
-    obs: Tensor  # [S,T,O]
-    actions: Tensor  # [S,T,A], those that led to each observation
 
 
 class Guess(NamedTuple):
@@ -66,6 +61,7 @@ class WorldModel(nn.Module):
         self.config, self.spec = config, spec
         self.card: dict[str, Any] = {}
         self.starts: Starts | None = None
+        self.trust: Trust | None = None  # how wrong its dreams may be, where that was calibrated
         self.scaling = Scaling(spec)
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
@@ -259,7 +255,10 @@ class WorldModel(nn.Module):
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, starts.safetensors and card.json into ``folder``."""
+        """Write config.json, model.safetensors, starts.safetensors, trust.safetensors and card.json into ``folder``.
+
+        Starts and trust only where the model has them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         obs, act = self.spec.observation_space, self.spec.action_space
@@ -269,6 +268,10 @@ class WorldModel(nn.Module):
         save_atomically(folder / "model.safetensors", self.state_dict())
         if self.starts is not None:
             save_atomically(folder / "starts.safetensors", self.starts._asdict())
+        if self.trust is not None:
+            save_atomically(folder / "trust.safetensors", self.trust.tensors())
+        else:  # one of other weights
+            (folder / "trust.safetensors").unlink(missing_ok=True)
         write_atomically(folder / "card.json", json.dumps(self.card, indent=2).encode())
 
     @classmethod
@@ -310,6 +313,10 @@ class WorldModel(nn.Module):
                 sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
                 if sizes != (config.obs_dim, config.action_dim):
                     raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
+            if (folder / "trust.safetensors").is_file():
+                model.trust = Trust.load(folder / "trust.safetensors")
+                if bytes(model.trust.model.numpy()).decode() != model.fingerprint():
+                    raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
             if (folder / "card.json").is_file():
                 model.card = json.loads((folder / "card.json").read_text())
         except Exception as error:

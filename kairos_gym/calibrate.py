@@ -1,0 +1,132 @@
+"""Calibrates a model's idea of its own error on recorded episodes that its training left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kairos_gym.collect import recorded
+from kairos_gym.models import load
+from kairos_gym.open_loop import CONTEXT, Windows, expect_simulator, held_out
+from world_model.contract import Dynamics, Imagined
+from world_model.episodes import Episodes
+from world_model.model import WorldModel
+from world_model.trust import Trust, fit_trust
+
+HORIZON = 64  # steps, the longest dream that is calibrated
+LEAST = 32  # dreams that a calibration asks for
+
+
+@dataclass(frozen=True)
+class Doubted:
+    """W dreams of H steps: the observation that each step began at [W,H,O], actions [W,H,A], errors [W,H], seen [W].
+
+    Errors are NaN where the real episode had ended.
+    """
+
+    before: Tensor
+    actions: Tensor
+    error: Tensor
+    seen: Tensor
+
+    def bound(self, trust: Trust, confidence: float) -> Tensor:
+        """What ``trust`` says of each dream after each step -> [W,H]."""
+        doubt = torch.cat([trust.begin(1, int(n)) for n in self.seen])
+        steps = torch.arange(1, self.error.shape[1] + 1).expand_as(self.error)
+        return trust.bound(trust.follow(doubt, self.before, self.actions), steps, confidence)
+
+
+def calibrate(model: str | Path, dataset_id: str, out: str | Path | None = None, *, seed: int = 0) -> WorldModel:
+    """Calibrate ``model`` on a Minari dataset -> the model with its ``trust``, saved in ``out`` or its own folder.
+
+    Only episodes that its training left out count. A third of them teaches the rule by which a dream's doubt grows, the
+    others say how large the errors are beside it (``world_model.trust``). Dreams begin anywhere, after 1 to 16 real
+    frames, and go on for up to 64 steps.
+
+    Raises ValueError where the dataset is another simulator's or holds too few such episodes, FileNotFoundError without
+    such a model or dataset.
+    """
+    world = load(model)
+    dataset = recorded(dataset_id)
+    expect_simulator(world, f"model {str(model)!r}", dataset)
+    left_out, total = held_out(world, dataset_id), dataset.total_episodes
+    fresh = range(0 if left_out is None else max(0, total - left_out), total)
+    if not fresh:
+        raise ValueError(f"training used all of {dataset_id}: record another dataset")
+    trust_in(world, Episodes.from_minari(dataset, fresh), dataset_id, seed=seed)
+    if out is None and not Path(model).is_dir():
+        raise ValueError(f"say where to save it (out, --out): model {str(model)!r} is not a folder")
+    world.save_pretrained(Path(model) if out is None else out)
+    return world
+
+
+def trust_in(world: WorldModel, episodes: Episodes, name: str, *, seed: int = 0) -> None:
+    """Calibrate ``world`` in place on ``episodes``, which it never saw; ``name`` them on its card.
+
+    Raises ValueError where they give too few dreams.
+    """
+    windows = draw(episodes, seed)
+    if len(windows.at) < LEAST:
+        raise ValueError(f"{len(windows.at)} dreams of {name} are too few to calibrate on, {LEAST} are needed")
+    dreams = doubted(world, windows, world.scaling.obs_std)
+    world.trust = fit_trust(world.fingerprint(), dreams.before, dreams.actions, dreams.error, dreams.seen, seed=seed)
+    counts = world.trust.counts
+    world.card = {
+        **world.card,
+        "trust": {"calibrated_on": name, "dreams": {f"h{h}": int(counts[h - 1]) for h in (1, 8, 32, 64)}},
+    }
+
+
+def draw(episodes: Episodes, seed: int) -> Windows:
+    """Stretches that don't overlap, as many as the episodes have room for: 1 to 16 frames seen, up to 64 steps dreamed.
+
+    Those of one episode stand together; a short episode gives one that begins anywhere in it.
+    """
+    rng = np.random.default_rng(seed)
+    at, seen = [], []
+    for first in episodes.starts().tolist():
+        frames = int(episodes.left[first]) + 1
+        pieces = max(1, frames // (CONTEXT + HORIZON))
+        size = frames // pieces
+        for piece in range(pieces):
+            last = max(size - HORIZON, size - 1 if pieces == 1 and size <= HORIZON else 1)
+            here = int(rng.integers(0, last))
+            at.append(first + piece * size + here)
+            seen.append(int(rng.integers(1, min(CONTEXT, here + 1) + 1)))
+    return Windows(episodes, torch.tensor(at), torch.tensor(seen), HORIZON)
+
+
+def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> Doubted:
+    """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
+    imagined = windows.dream(dynamics) if imagined is None else imagined
+    assert imagined.obs is not None
+    error = windows.against(imagined, unit).obs_error.square().mean(-1).sqrt()
+    start = windows.episodes.obs[windows.at][:, None]
+    before = torch.cat([start, imagined.obs[:, :-1]], 1)
+    return Doubted(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
+
+
+def coverage(dreams: Doubted, trust: Trust, confidence: float = 0.9) -> dict[str, dict[str, float]]:
+    """How often the bound held, and how wide it was, after 1, 8, 32 and 64 steps.
+
+    Beside it ("plain") what a bound is worth that knows the steps alone: the error's own quantile in these dreams.
+    """
+    bound, found = dreams.bound(trust, confidence), {}
+    for h in (1, 8, 32, 64):
+        error, width = dreams.error[:, h - 1], bound[:, h - 1]
+        lasts = ~error.isnan()
+        error, width = error[lasts], width[lasts]
+        if len(error):
+            found[f"h{h}"] = {
+                "dreams": len(error),
+                "coverage": (error <= width).float().mean().item(),
+                "mean": width.mean().item(),
+                "median": width.median().item(),
+                "plain": torch.quantile(error, confidence).item(),
+            }
+    return found
