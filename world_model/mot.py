@@ -87,12 +87,8 @@ class Block(nn.Module):
         The last layer gives the world tokens of the noisy frames alone.
         memory: None stands for an empty one. age: int64 [B], frames that each row's memory has seen (None: 0).
         """
-        qkv_w, gate_w, hidden_w = self.world.split(world)
-        qkv_a, gate_a, hidden_a = self.action.split(action)
-        tokens = torch.cat([qkv_w, qkv_a], 2).flatten(1, 2)  # [B,F*(P+1),3*inner]
-        q, k, v = tokens.unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)  # each [B,H,N,d]
+        q, k, v, gates, hidden_w, hidden_a = self._project(world, action)
         if self.letter == "G":
-            gates = torch.cat([gate_w, gate_a], 2).flatten(1, 2)
             mixed, new = self._delta(q, k, v, gates, layout, memory)
         else:
             mixed, new = self._window(q, k, v, layout, memory, age)
@@ -110,21 +106,38 @@ class Block(nn.Module):
             new,
         )
 
+    def written(self, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a G layer writes for clean frames -> unit keys, values [B,H,N,d], log alpha, beta [B,H,N]."""
+        _, k, v, gates, _, _ = self._project(world, action)
+        return F.normalize(k, dim=-1), v, *self._gates(gates)
+
+    def _project(self, world: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys, values [B,H,N,d] and gates [B,N,g] of all tokens, and both streams' feed-forward."""
+        qkv_w, gate_w, hidden_w = self.world.split(world)
+        qkv_a, gate_a, hidden_a = self.action.split(action)
+        tokens = torch.cat([qkv_w, qkv_a], 2).flatten(1, 2)  # [B,F*(P+1),3*inner]
+        q, k, v = tokens.unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
+        return q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), hidden_w, hidden_a
+
+    def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Log alpha and beta, each [B,H,N]."""
+        rate, beta = gates.unflatten(-1, (2, self.heads)).permute(2, 0, 3, 1)
+        return -self.log_rate.exp()[:, None] * F.softplus(rate), torch.sigmoid(beta)
+
     def _delta(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, layout: Layout, memory: Memory | None
     ) -> tuple[Tensor, Memory]:
         state = (memory or self.empty(q.shape[0], q))["S"]
         q, k = F.normalize(torch.stack([q, k]), dim=-1)
         cut = layout.clean * self.group
-        rate, beta = gates[:, :cut].unflatten(-1, (2, self.heads)).permute(2, 0, 3, 1)  # each [B,H,N]
-        log_alpha = -self.log_rate.exp()[:, None] * F.softplus(rate)
+        log_alpha, beta = self._gates(gates[:, :cut])
         skip = cut if self.last else 0  # queries nobody asks for
         at = [
             *range(1 + skip, cut + 1),
             *(start * self.group for start in layout.starts for _ in range(layout.chunk * self.group)),
         ]
         keys, values = k[:, :, :cut], v[:, :, :cut]
-        out, state = delta_chunked(q[:, :, skip:], keys, values, log_alpha, torch.sigmoid(beta), state, at)
+        out, state = delta_chunked(q[:, :, skip:], keys, values, log_alpha, beta, state, at)
         out = F.layer_norm(out * self.dim**0.5, (self.dim,), eps=1e-2)
         if layout.noisy:
             # The frames of a chunk see each other by plain attention; what lies before them only by the memory.
