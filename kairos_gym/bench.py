@@ -18,6 +18,7 @@ from kairos_gym.plan import plan
 from kairos_gym.recipes import RECIPES, Data, config, data, errors
 from planners import CEM
 from world_model.baselines import fit_ensemble
+from world_model.bounds import window_floor
 from world_model.episodes import Episodes
 from world_model.fit import fit
 
@@ -68,8 +69,50 @@ def memory(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path =
     if task == "pendulum":
         return row | {"test": open_loop(model, have.test, have.std).table()}
     result = open_loop(model, have.test, have.std, context=5 + WAIT, horizon=16, begin=0)
-    std = have.train.reward[have.train.index > 5 + WAIT].std()
-    return row | {"reward_error": (result.reward_error.square().mean().sqrt() / std).item()}
+    std = have.train.reward[have.train.index > 5 + WAIT].std().item()
+    by_frame = [floors(task, frame) for frame in range(5 + WAIT, 5 + WAIT + 16)]
+    return row | {
+        "reward_error": result.reward_error.square().mean().sqrt().item() / std,
+        "by_frame": (result.reward_error.square().mean(0).sqrt() / std).tolist(),
+        "window_floor": statistics.mean(theorem for theorem, _ in by_frame) ** 0.5 / std,
+        "exact_floor": statistics.mean(exact for _, exact in by_frame) ** 0.5 / std,
+    }
+
+
+def floors(task: str, frame: int) -> tuple[float, float]:
+    """The mean squared error of the distance at that frame below which no window can go -> the theorem's, the exact.
+
+    A window shows where the finger is, and nothing of the target, whose place has nothing to do with it: so the distance
+    may be that to any episode's target.
+    """
+    have = data(task)
+    first = have.test.starts()
+    finger = have.test.obs[first + frame]
+    finger = finger[:, 4:6] + finger[:, 8:10]
+    targets = have.train.obs[have.train.starts()][:, 4:6]
+    return window_floor((finger[:, None] - targets).norm(dim=-1))
+
+
+def floor(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/window_floor.svg")) -> None:
+    """Draw what ``memory`` measured on "reacher": windows alone and with a gated-delta layer, and the theorem's floor."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "window_floor" in row]
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    axes = figure.subplots()
+    frames = range(5 + WAIT, 5 + WAIT + 16)
+    for pattern, colour, name in (("SG", "#2563a8", "with a gated-delta layer"), ("SD", "#c2410c", "windows alone")):
+        runs = {row["seed"]: row["by_frame"] for row in rows if row["pattern"] == pattern}
+        for i, by_frame in enumerate(runs.values()):
+            label = f"{name} ({len(runs)} trainings)" if not i else None
+            axes.plot(frames, by_frame, color=colour, linewidth=1.4, alpha=0.8, label=label)
+    for value, style, name in ((rows[-1]["window_floor"], "--", "theorem"), (rows[-1]["exact_floor"], ":", "exact")):
+        axes.axhline(value, color="#1c2430", linestyle=style, linewidth=1, label=f"no window goes below ({name})")
+    axes.set(xlabel="frame; the target was last seen in frame 4", ylabel="error of the distance / std", ylim=(0, 1.1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+    figure.savefig(out, metadata={"Date": None})
 
 
 def _hidden(task: str) -> Data:
@@ -146,6 +189,8 @@ def table(path: Path = Path("reports/bench.jsonl")) -> None:
                     break
         elif "reward_error" in group[0]:
             cells.append(" ".join(f"{row['reward_error']:.3f}" for row in group))
+            if "window_floor" in group[0]:
+                cells.append("no window below {window_floor:.3f} (exact {exact_floor:.3f})".format(**group[0]))
         else:
             row = group[-1]
             cells[2] = f"{row['episodes']} episodes"
@@ -160,4 +205,4 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.3g}"
 
 
-COMMANDS = {f.__name__: f for f in (models, memory, control, env, endurance, table)}
+COMMANDS = {f.__name__: f for f in (models, memory, floor, control, env, endurance, table)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Doubted:
     actions: Tensor
     error: Tensor
     seen: Tensor
+
+    def part(self, rows: Tensor) -> Doubted:
+        """Some of the dreams."""
+        return Doubted(*(x[rows] for x in (self.before, self.actions, self.error, self.seen)))
 
     def bound(self, trust: Trust, confidence: float) -> Tensor:
         """What ``trust`` says of each dream after each step -> [W,H]."""
@@ -111,13 +115,15 @@ def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagin
     return Doubted(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
 
 
-def coverage(dreams: Doubted, trust: Trust, confidence: float = 0.9) -> dict[str, dict[str, float]]:
-    """How often the bound held, and how wide it was, after 1, 8, 32 and 64 steps.
+def coverage(
+    dreams: Doubted, trust: Trust, horizons: Sequence[int] = (1, 8, 32, 64), confidence: float = 0.9
+) -> dict[str, dict[str, float]]:
+    """How often the bound held after each of ``horizons`` steps ("coverage"), and how wide it was ("mean", "median").
 
-    Beside it ("plain") what a bound is worth that knows the steps alone: the error's own quantile in these dreams.
+    "error" is the error's own quantile in these dreams: what the best bound would be that knows the steps alone.
     """
     bound, found = dreams.bound(trust, confidence), {}
-    for h in (1, 8, 32, 64):
+    for h in horizons:
         error, width = dreams.error[:, h - 1], bound[:, h - 1]
         lasts = ~error.isnan()
         error, width = error[lasts], width[lasts]
@@ -127,6 +133,6 @@ def coverage(dreams: Doubted, trust: Trust, confidence: float = 0.9) -> dict[str
                 "coverage": (error <= width).float().mean().item(),
                 "mean": width.mean().item(),
                 "median": width.median().item(),
-                "plain": torch.quantile(error, confidence).item(),
+                "error": torch.quantile(error, confidence).item(),
             }
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kairos_gym.agreement import Agreement, agreement
+from kairos_gym.calibrate import Doubted, coverage, doubted
 from kairos_gym.experience import Experience, experience
 from kairos_gym.models import load
 from kairos_gym.open_loop import CONTEXT, OpenLoop, Windows
@@ -22,8 +23,10 @@ from kairos_gym.policies import Policy, ladder
 from kairos_gym.report import machine
 from kairos_gym.rollouts import Result, Rollouts, SuccessFn, play_dream, play_real
 from world_model.baselines import fit_constant, fit_ensemble, fit_linear
+from world_model.bounds import MemoryDrift, memory_drift
 from world_model.contract import Dynamics, Imagined
 from world_model.model import WorldModel
+from world_model.trust import Trust
 
 OFF = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # how far off the simulator itself is started, in std of each coordinate
 SHOWN = (1e-3, 1e-2)  # of these, the ones that every table shows
@@ -65,7 +68,10 @@ class Comparison:
     results: dict[str, Result]  # closed loop, likewise
     ends: Ends
     speed: Speed
-    state_bytes: dict[int, int] | None  # what one dream remembers, by the steps that it has made
+    trust: Trust | None  # the model's own, where it was calibrated
+    doubted: Doubted  # the windows, as ``trust`` sees them
+    memory: dict[int, MemoryDrift]  # of each gated-delta layer: written from dreamed and from real frames
+    state_bytes: dict[int, int]  # what one dream remembers, by the steps that it has made
     experience: str | None  # what the references were fitted on
 
     @property
@@ -167,10 +173,23 @@ class Comparison:
                 for p, name in enumerate(names)
             },
             "agreement": {name: _told(self.agreement(name), names) for name in self.results},
+            "trust": self._trusted(),
+            "memory": {layer: _remembered(drift, h) for layer, drift in self.memory.items()},
             "speed": asdict(self.speed),
             "state_bytes": self.state_bytes,
         }
         return _plain(found)
+
+    def _trusted(self) -> dict[str, Any] | None:
+        """How often the bound of 90% held, over all windows and over those of each policy."""
+        if self.trust is None:
+            return None
+        h = [t for t in self.horizons if t <= self.trust.horizon]
+        whole = {"all": coverage(self.doubted, self.trust, h)}
+        return whole | {
+            policy.name: coverage(self.doubted.part(self.of_policy(p)), self.trust, h)
+            for p, policy in enumerate(self.rollouts.policies)
+        }
 
     def log(self, folder: str | Path) -> None:
         """The figures by horizon and the headline as TensorBoard scalars in ``folder``."""
@@ -273,6 +292,9 @@ def compare(
         results,
         _ends(windows, dreamed),
         _speed(world, rollouts),
+        getattr(world, "trust", None),
+        doubted(world, windows, std, dreamed),
+        _memory(world, windows, dreamed),
         _state_bytes(world, windows),
         None if data is None else data.name,
     )
@@ -419,6 +441,32 @@ def _state_bytes(world: Any, windows: Windows) -> dict[int, int]:
                 found[t] = state.nbytes
             state, _ = world.imagine(state, action)
     return found
+
+
+def _memory(world: Any, windows: Windows, dreamed: Imagined) -> dict[int, MemoryDrift]:
+    if not isinstance(world, WorldModel) or "G" not in world.config.pattern:
+        return {}
+    assert dreamed.obs is not None
+    real, actions, *_ = windows.real
+    sound = dreamed.obs.isfinite().all(-1).all(-1)
+    state = windows.begin(world).select(sound.nonzero()[:, 0])
+    return memory_drift(world, state, real[sound], dreamed.obs[sound], actions[sound])
+
+
+def _remembered(drift: MemoryDrift, horizons: list[int]) -> dict[str, Any]:
+    """Medians over the windows, of each head; errors and bounds over the memory's own size."""
+
+    def by_step(x: Tensor) -> dict[int, Any]:
+        return {h: (x / drift.size)[..., h].median(0).values.tolist() for h in horizons}
+
+    return {
+        "steps_remembered": drift.reach.median(0).values.tolist(),
+        "error": by_step(drift.error),
+        "bound": by_step(drift.running),
+        "closed_bound": by_step(drift.closed),
+        "tightness": drift.tightness.median(0).values.tolist(),
+        "violations": int((drift.error > drift.running * (1 + 1e-3) + 1e-4).sum()),
+    }
 
 
 def _unit(world: Any, data: Experience | None, rollouts: Rollouts) -> Tensor:

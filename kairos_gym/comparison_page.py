@@ -162,6 +162,29 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     else:
         report.text("No stretch ended, neither in the simulator nor in the dream.")
 
+    _believes(report, comparison, numbers)
+    if comparison.memory:
+        report.heading("What its memory makes of the error")
+        report.text(
+            "A gated-delta layer shrinks any difference between two memories by rho a step at least. So the memory "
+            "written from dreamed frames stays within e_t <= rho_t e_(t-1) + xi_t of the one written from real frames, "
+            "where xi is what one dreamed frame does to the real memory. This bounds the memory, not the decoded drift: "
+            "xi grows with what was dreamed amiss."
+        )
+        report.figure(
+            draw_memory(comparison),
+            "Median over the stretches: measured (solid), bound with each step's own rho and xi (dashed), closed form "
+            "with the largest (dotted); Frobenius norms over the real memory's own.",
+        )
+        report.table(
+            ["layer, head", "remembers", "measured over bound", "violations"],
+            [
+                [f"{layer}, {head}", f"{_number(steps)} steps", _number(tight), row["violations"]]
+                for layer, row in numbers["memory"].items()
+                for head, (steps, tight) in enumerate(zip(row["steps_remembered"], row["tightness"], strict=True))
+            ],
+        )
+
     report.heading("Speed and memory")
     speed = numbers["speed"]
     report.table(
@@ -174,9 +197,8 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
             ],
         ],
     )  # fmt: skip
-    if numbers["state_bytes"]:
-        told = ", ".join(f"{size:,} bytes after {_steps(t)}" for t, size in numbers["state_bytes"].items())
-        report.text(f"What one dream remembers: {told}.")
+    told = ", ".join(f"{size:,} bytes after {_steps(t)}" for t, size in numbers["state_bytes"].items())
+    report.text(f"What one dream remembers: {told}.")
     report.heading("What was compared")
     fitted = settings["references_fitted_on"]
     report.text(
@@ -187,6 +209,67 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         "comparison.json beside this page has every number, logs/ the TensorBoard scalars."
     )  # fmt: skip
     return report
+
+
+def _believes(report: Report, comparison: Comparison, numbers: dict[str, Any]) -> None:
+    report.heading("How well it knows its own error")
+    told = numbers["trust"]
+    if told is None:
+        report.text("This model was not calibrated (kairos calibrate), so it gives no bound on its error.")
+        return
+    report.text(
+        "The bound of 90% that DreamEnv(confidence=0.9) tells at each step, calibrated on other held-out episodes: how "
+        "often the error stayed below it, and in brackets its median. It is promised for dreams like those that it was "
+        "calibrated on, over all of them, not for each policy."
+    )
+    hs = list(told["all"])
+    report.table(
+        ["coverage (median bound) after", *[_steps(h[1:]) for h in hs]],
+        [
+            [name, *[f"{100 * by[h]['coverage']:.0f}% ({_number(by[h]['median'])})" if h in by else "-" for h in hs]]
+            for name, by in told.items()
+        ],
+    )
+    report.figure(
+        draw_trust(comparison),
+        "Error of each stretch (dots) and its bound, after the longest horizon: below the line the bound held.",
+    )
+
+
+def draw_trust(comparison: Comparison) -> Figure:
+    trust, dreams = comparison.trust, comparison.doubted
+    assert trust is not None
+    h = min(comparison.windows.horizon, trust.horizon)
+    error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9)[:, h - 1]
+    good = error.isfinite() & bound.isfinite()
+    error, bound = (x[good].clamp_min(1e-6).numpy() for x in (error, bound))
+    figure, axes = _axes((4.8, 4.0))
+    held = error <= bound
+    axes.scatter(bound[held], error[held], s=9, color=COLOURS[MODEL], linewidth=0, alpha=0.7)
+    axes.scatter(bound[~held], error[~held], s=12, color="#c2410c", linewidth=0)
+    ends = [min(error.min(), bound.min()), max(error.max(), bound.max())] if len(error) else [1e-3, 1]
+    axes.plot(ends, ends, color=PALE, linewidth=1, zorder=1)
+    axes.set(xscale="log", yscale="log", xlabel=f"bound after {_steps(str(h))}", ylabel="error")
+    return figure
+
+
+def draw_memory(comparison: Comparison) -> Figure:
+    figure, axes = _axes((6.4, 2.8))
+    colours = ["#2563a8", "#c2410c", "#4d8b57", "#9d6bb8"]
+    heads = [(layer, drift, h) for layer, drift in comparison.memory.items() for h in range(drift.error.shape[1])]
+    for i, (layer, drift, h) in enumerate(heads):
+        for values, style in ((drift.error, "-"), (drift.running, "--"), (drift.closed, ":")):
+            median = (values / drift.size)[:, h].median(0).values.numpy()
+            axes.plot(
+                median,
+                color=colours[i % 4],
+                linestyle=style,
+                linewidth=1.6 if style == "-" else 1.1,
+                label=f"layer {layer}, head {h}" if style == "-" else None,
+            )
+    axes.set(yscale="log", xlabel="steps dreamed without looking", ylabel="memory error", xlim=(1, None))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def in_short(numbers: dict[str, Any]) -> list[str]:
@@ -217,6 +300,10 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
         f"Spearman correlation of {_interval(told['spearman'])} and a Pearson correlation of {_interval(told['pearson'])}. "
         f"The policy it would choose is “{told['chosen']}”, the best is “{told['best']}”: regret {_number(told['regret'][0])}."
     )  # fmt: skip
+    if numbers["trust"] is not None:
+        told = numbers["trust"]["all"]
+        held = ", ".join(f"{100 * by['coverage']:.0f}% after {_steps(h[1:])}" for h, by in told.items())
+        yes.append(f"It knows its own error: the bound of 90% held in {held}.")
     lost = sum(row[MODEL]["lost"] for row in numbers["policies"].values())
     if lost:
         yes.append(f"{lost} dreams turned non-finite.")
