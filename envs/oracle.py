@@ -104,7 +104,7 @@ class SimulatorDynamics:
         return self.at(torch.from_numpy(get_state(env))[None])
 
     def at(self, simulator: Tensor) -> LatentState:
-        """Exact states [B,S] float64, as ``envs.get_state`` gives them -> State. Raises ValueError for another shape."""
+        """Exact states [B,S] float64, as ``get_state`` gives them -> State. Raises ValueError for another shape."""
         if simulator.ndim != 2 or simulator.shape[1] != self._size or not len(simulator):
             raise ValueError(f"states of this simulator are [B,{self._size}], got {tuple(simulator.shape)}")
         return self.initial(len(simulator)).replace(simulator=simulator.double())

@@ -82,8 +82,8 @@ def memory(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path =
 def floors(task: str, frame: int) -> tuple[float, float]:
     """The mean squared error of the distance at that frame below which no window can go -> the theorem's, the exact.
 
-    A window shows where the finger is, and nothing of the target, whose place has nothing to do with it: so the distance
-    may be that to any episode's target.
+    A window shows where the finger is, and nothing of the target, whose place has nothing to do with it: so the
+    distance may be that to any episode's target.
     """
     have = data(task)
     first = have.test.starts()
@@ -94,7 +94,7 @@ def floors(task: str, frame: int) -> tuple[float, float]:
 
 
 def floor(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/window_floor.svg")) -> None:
-    """Draw what ``memory`` measured on "reacher": windows alone and with a gated-delta layer, and the theorem's floor."""
+    """Draw what ``memory`` measured on "reacher": windows alone, with a gated-delta layer, and the theorem's floor."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in path.read_text().splitlines()]

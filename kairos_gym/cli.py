@@ -174,6 +174,21 @@ def score(
     print(f"\n{len(result.obs_error)} episodes of {dataset_id}, dreamed after {context} real frames")
 
 
+def calibrate(model: Model, dataset_id: Dataset, out: Path | None = None, seed: int = 0) -> None:
+    """Teach a model how wrong it may be, on recorded episodes it never saw (kairos_gym.calibrate.calibrate).
+
+    Args:
+        model: a folder, or a shipped model's name or a hub id with --out
+        dataset_id: the recorded episodes; of its own training data, only those left out are used
+        out: the folder to save the calibrated model to, instead of its own
+        seed: of everything drawn at random
+    """
+    from kairos_gym.calibrate import calibrate
+
+    told = calibrate(model, dataset_id, out, seed=seed).card["trust"]
+    print("Calibrated on", ", ".join(f"{n} dreams of {h[1:]} steps" for h, n in told["dreams"].items()))
+
+
 def compare(
     model: str,
     env: str | None = None,
@@ -278,7 +293,7 @@ def bench() -> None:
     """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, score, compare, plan, demo, info, bench)}
+COMMANDS = {f.__name__: f for f in (collect, train, score, calibrate, compare, plan, demo, info, bench)}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -265,13 +265,17 @@ def _collect_missing(
 def _play(
     env: gym.Env, seed: int, index: int, behaviour: str, turns: list[Policy], policy: Callable[[Any], Any] | None
 ) -> Episode:
-    """Episode number ``index``, played by one of ``turns`` where there are any: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T]."""
+    """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
+
+    Where there are ``turns``, one of them plays it.
+    """
     rng = np.random.default_rng([seed, index])
     env_seed = int(rng.integers(2**31))
     held = behaviour == "held" or (behaviour == "mixed" and index % 2 == 1)
     drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
     obs, _ = env.reset(seed=env_seed)
-    observations, actions, rewards = [obs], [], []
+    observations, rewards = [obs], []
+    actions: list[Any] = []
     terminations: list[bool] = []
     truncations: list[bool] = []
     while not (terminations and (terminations[-1] or truncations[-1])):

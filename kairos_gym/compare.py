@@ -102,7 +102,7 @@ class Comparison:
         return torch.stack(apart)
 
     def equivalent(self, horizon: int) -> float | None:
-        """How far off the simulator's own start makes it as wrong as the model in the median, in std of its coordinates.
+        """How far off a start, in std of its coordinates, makes the simulator as wrong as the model in the median.
 
         Interpolated between the starts of ``OFF`` on logarithmic scales; NaN beyond them, None without a simulator.
         """
@@ -222,7 +222,7 @@ def compare(
     references: bool = True,
     progress: bool = True,
 ) -> Comparison:
-    """Hold a dream against the simulator ``env_id``: the same starts, policies, dice and actions, dreamed and simulated.
+    """Hold a dream against the simulator ``env_id``: the same starts, policies and dice, dreamed and simulated.
 
     model: a shipped model's name, a folder, a hub id, or any ``Dynamics``. env_id: None takes the one on its card.
     policies: 3 or more; None takes ``kairos_gym.policies.ladder``, which trains some where it hasn't yet.
@@ -312,7 +312,7 @@ def draw_windows(rollouts: Rollouts, horizon: int, context: int, seed: int) -> W
 
 
 def expect_apart(data: Experience | None, world: Any, rollouts: Rollouts) -> None:
-    """Raises ValueError where an evaluation episode shares a step with the training data, or a start with the model's."""
+    """Raises ValueError where an evaluation episode shares a step with the training data, or a start with the model."""
     theirs = rollouts.episodes
     if data is not None and (shared := data.episodes.shared(theirs)).any():
         raise ValueError(
@@ -361,7 +361,7 @@ def _chaos(windows: Windows, rollouts: Rollouts, std: Tensor, seed: int) -> dict
     """The simulator against itself from starts that are a little off: what no model can be asked to beat."""
     from envs import SimulatorDynamics
 
-    if windows.states is None:
+    if windows.states is None or rollouts.states is None:
         return {}
     simulator = SimulatorDynamics(rollouts.env_id)
     exact = windows.begin(simulator)

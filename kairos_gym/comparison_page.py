@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from kairos_gym.compare import MODEL, SHUFFLED, SHOWN, Comparison, off
+from kairos_gym.compare import MODEL, SHOWN, SHUFFLED, Comparison, off
 from kairos_gym.report import Cell, Report
 from kairos_gym.rollouts import Result
 from world_model.vectors import unflatten
@@ -77,7 +77,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     )
     if any(x is not None for x in numbers["equivalent_perturbation"].values()):
         report.text(
-            "The model's equivalent perturbation, the start off by which the simulator itself is as wrong in the median: "
+            "The model's equivalent perturbation, the start off by which the simulator is as wrong in the median: "
             + ", ".join(f"{_number(numbers['equivalent_perturbation'][h])} std after {_steps(h)}" for h in hs)
             + "."
         )
@@ -90,7 +90,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     report.heading("Where it lies")
     report.figure(
         draw_dimensions(comparison),
-        f"RMS error of each dimension of the observation after {' and '.join(_steps(str(h)) for h in _two(comparison))}.",
+        f"RMS error of each dimension after {' and '.join(_steps(str(h)) for h in _two(comparison))}.",
     )
     report.figure(
         draw_drift(comparison),
@@ -133,12 +133,13 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         "In brackets 95% intervals, by the bootstrap over policies and starts. Regret is what choosing the policy by "
         "its imagined return costs: the best policy's simulated return less the chosen one's."
     )
+    both = ("simulated", MODEL)
     success = [by["simulated"].get("success") for by in numbers["policies"].values()]
     if any(s is not None for s in success):
         report.table(
             ["policy", "success simulated", "imagined", "median steps to it simulated", "imagined"],
             [
-                [name, *[_number(by[who].get(what)) for what in ("success", "steps_to_success") for who in ("simulated", MODEL)]]
+                [name, *[_number(by[who].get(what)) for what in ("success", "steps_to_success") for who in both]]
                 for name, by in numbers["policies"].items()
             ],
         )  # fmt: skip
@@ -168,8 +169,8 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         report.text(
             "A gated-delta layer shrinks any difference between two memories by rho a step at least. So the memory "
             "written from dreamed frames stays within e_t <= rho_t e_(t-1) + xi_t of the one written from real frames, "
-            "where xi is what one dreamed frame does to the real memory. This bounds the memory, not the decoded drift: "
-            "xi grows with what was dreamed amiss."
+            "where xi is what one dreamed frame does to the real memory. This bounds the memory, not the decoded "
+            "drift: xi grows with what was dreamed amiss."
         )
         report.figure(
             draw_memory(comparison),
@@ -192,22 +193,30 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         [
             ["simulator", f"{speed['simulator']:,.0f}", "1"],
             *[
-                [f"{int(n):,} dream{'s' if n != '1' else ''} side by side", f"{rate:,.0f}", f"{rate / speed['simulator']:.2g}"]
+                [
+                    "1 dream" if n == "1" else f"{int(n):,} dreams side by side",
+                    f"{rate:,.0f}",
+                    f"{rate / speed['simulator']:.2g}",
+                ]
                 for n, rate in speed["dream"].items()
             ],
         ],
-    )  # fmt: skip
+    )
     told = ", ".join(f"{size:,} bytes after {_steps(t)}" for t, size in numbers["state_bytes"].items())
     report.text(f"What one dream remembers: {told}.")
     report.heading("What was compared")
     fitted = settings["references_fitted_on"]
+    sources = (
+        "No references were fitted."
+        if fitted is None
+        else f"References were fitted on {fitted}, the model's own training data; none of the evaluation is in it."
+    )
     report.text(
         f"Starts of seeds {settings['seeds'][0]} to {settings['seeds'][1]}, of which "
-        f"{settings['starts_refused_as_solved']} were refused since they began solved. "
-        + ("No references were fitted. " if fitted is None else f"References were fitted on {fitted}, the model's own training data; none of the evaluation is in it. ")
-        + f"The model dreams {settings['chunk']} step{'s' if settings['chunk'] > 1 else ''} at a time. "
-        "comparison.json beside this page has every number, logs/ the TensorBoard scalars."
-    )  # fmt: skip
+        f"{settings['starts_refused_as_solved']} were refused since they began solved. {sources} The model dreams "
+        f"{_steps(str(settings['chunk']))} at a time. comparison.json beside this page has every number, logs/ the "
+        "TensorBoard scalars."
+    )
     return report
 
 
@@ -242,12 +251,12 @@ def draw_trust(comparison: Comparison) -> Figure:
     h = min(comparison.windows.horizon, trust.horizon)
     error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9)[:, h - 1]
     good = error.isfinite() & bound.isfinite()
-    error, bound = (x[good].clamp_min(1e-6).numpy() for x in (error, bound))
-    figure, axes = _axes((4.8, 4.0))
-    held = error <= bound
-    axes.scatter(bound[held], error[held], s=9, color=COLOURS[MODEL], linewidth=0, alpha=0.7)
-    axes.scatter(bound[~held], error[~held], s=12, color="#c2410c", linewidth=0)
-    ends = [min(error.min(), bound.min()), max(error.max(), bound.max())] if len(error) else [1e-3, 1]
+    y, x = (part[good].clamp_min(1e-6).numpy() for part in (error, bound))
+    figure, axes = _axes((6.4, 3.8))
+    held = y <= x
+    axes.scatter(x[held], y[held], s=9, color=COLOURS[MODEL], linewidth=0, alpha=0.7)
+    axes.scatter(x[~held], y[~held], s=12, color="#c2410c", linewidth=0)
+    ends = [min(y.min(), x.min()), max(y.max(), x.max())] if len(y) else [1e-3, 1]
     axes.plot(ends, ends, color=PALE, linewidth=1, zorder=1)
     axes.set(xscale="log", yscale="log", xlabel=f"bound after {_steps(str(h))}", ylabel="error")
     return figure
@@ -287,7 +296,9 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
     if mine is not None and shuffled is not None:
         ratio = shuffled / max(mine, 1e-9)
         verdict = "The dream follows the actions" if ratio > 2 else "The dream hardly listens to the actions: be warned"
-        yes.append(f"{verdict}: with other stretches' actions its median error after {_steps(h)} is {ratio:.3g} times as large.")  # fmt: skip
+        yes.append(
+            f"{verdict}: with other stretches' actions its median error after {_steps(h)} is {ratio:.3g} times that."
+        )
     by = {name: row[h]["median"] for name, row in numbers["error_by_policy"].items() if row[h]["median"] is not None}
     if by:
         worst, best = max(by, key=by.__getitem__), min(by, key=by.__getitem__)
@@ -297,9 +308,10 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
         )
     yes.append(
         f"Which policy is better: over {len(numbers['policies'])} policies, imagined and simulated returns have a "
-        f"Spearman correlation of {_interval(told['spearman'])} and a Pearson correlation of {_interval(told['pearson'])}. "
-        f"The policy it would choose is “{told['chosen']}”, the best is “{told['best']}”: regret {_number(told['regret'][0])}."
-    )  # fmt: skip
+        f"Spearman correlation of {_interval(told['spearman'])} and a Pearson correlation of "
+        f"{_interval(told['pearson'])}. The policy it would choose is “{told['chosen']}”, the best is "
+        f"“{told['best']}”: regret {_number(told['regret'][0])}."
+    )
     if numbers["trust"] is not None:
         told = numbers["trust"]["all"]
         held = ", ".join(f"{100 * by['coverage']:.0f}% after {_steps(h[1:])}" for h, by in told.items())
@@ -316,7 +328,7 @@ def draw_error(comparison: Comparison) -> Figure:
     for name, error in comparison.errors.items():
         if name.startswith("simulator") and name not in map(off, SHOWN):
             continue
-        per = error.obs_error.square().mean(-1).sqrt().numpy()
+        per = error.obs_error.square().mean(-1).sqrt().numpy()  # [W,h]
         median = np.nanmedian(np.where(np.isfinite(per) | np.isnan(per), per, 1e9), 0)
         if name == MODEL:
             low, high = np.nanpercentile(np.where(np.isinf(per), 1e9, per), [10, 90], axis=0)
@@ -362,7 +374,7 @@ def draw_drift(comparison: Comparison) -> Figure:
 
 
 def draw_returns(comparison: Comparison) -> Figure:
-    figure, axes = _axes((4.8, 4.4))
+    figure, axes = _axes((6.4, 4.4))
     x, y = (_means(r) for r in (comparison.rollouts.result, comparison.results[MODEL]))
     low, high = (f(np.concatenate([x[:, 0], y[:, 0]])) for f in (min, max))
     room = 0.08 * (high - low) + 1e-9
@@ -408,7 +420,7 @@ def _looks(report: Report, comparison: Comparison) -> None:
     report.picture(
         file.getvalue(),
         "webp",
-        f"Above the simulator, below the dream of the same actions, which saw nothing after the first frame of this film. "
+        "Above the simulator, below the dream of the same actions, which saw nothing after this film's beginning. "
         f"Policies, from left to right: {', '.join(names)}.",
     )
 

@@ -32,8 +32,8 @@ class DreamEnv(gym.Env[Any, Any]):
         only shorten; to dream for longer than the card says, make a ``DreamEnv`` itself.
     reward_fn, termination_fn: functions (obs, action, next_obs) -> [N] of N simulator steps at once, in torch or in
         numpy, instead of what the model says; see ``kairos_gym.judge``.
-    max_error: end a dream (truncated) where its error may have passed this by now: the RMS over dimensions of dreamed less
-        real, each over its std in the training data. confidence: with which chance the bound holds (0.9 where only
+    max_error: end a dream (truncated) where its error may have passed this by now: the RMS over dimensions of dreamed
+        less real, each over its std in the training data. confidence: with which chance the bound holds (0.9 where only
         max_error is given), for dreams like those the model was calibrated on. With either, ``info["trust"]`` tells the
         bound after each step. See ``world_model.trust``.
     render_mode: "rgb_array" puts the real simulator into the dreamed state and draws that.

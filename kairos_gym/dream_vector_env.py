@@ -158,7 +158,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
 
         As in ``DreamEnv.step`` for each dream, and what ``autoreset_mode`` says for those that have ended. infos has
         "imagined" with "obs" [B,K,O], "reward" and "terminated" [B,K]; "non_finite" [B] where a dream was lost;
-        "trust" with "error_bound", "confidence" and "steps" [B] where it was asked for; and for each a mask [B] under the name with "_" before it.
+        "trust" with "error_bound", "confidence" and "steps" [B] where it was asked for; and for each a mask [B] under
+        the name with "_" before it.
         """
         dreams = self._dreams
         played = dreams.doors.actions(self._check(actions), self.num_envs, dreams.device)

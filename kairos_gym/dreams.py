@@ -385,8 +385,8 @@ class Dreams:
         trust = getattr(self.model, "trust", None)
         if trust is None:
             raise ValueError(
-                "this model was not calibrated, so it can't say how wrong it may be: run kairos calibrate MODEL DATASET "
-                "with recorded episodes that its training left out"
+                "this model was not calibrated, so it can't say how wrong it may be: run kairos calibrate MODEL "
+                "DATASET with recorded episodes that its training left out"
             )
         trust.expect(self.confidence)
         return trust  # type: ignore[no-any-return]

@@ -132,7 +132,7 @@ def build(name: str, out: Path) -> WorldModel:
             *(collect_command(recipe, split, *SPLITS[split], recipe.behaviour) for split in ("validation", "test")),
             *(collect_command(recipe, split, *about, "ladder") for split, about in CALIBRATION.items()),
         ],
-        **model.card,
+        "fit": model.card["fit"],
         "errors": {
             "what": "open-loop NRMSE on test trajectories after 16 real frames, RMS and median over trajectories",
             "validation": errors(model, task, task.validation, recipe.behaviour),

@@ -88,10 +88,11 @@ def play_real(
     doors = Doors(spec_of(sims[0], 1), 1)
     space, actions_of = sims[0].observation_space, doors.spec.action_space
     seeds, refused = _unsolved(sims[0], episodes, seed, success_fn)
-    parts, states = [], []
+    parts: list[Any] = []
+    states: list[Array | None] = []
     shape = (len(policies), episodes)
     total, last, ended = np.zeros(shape), np.full(shape, float(limit)), np.zeros(shape, bool)
-    success, told = np.full(shape, np.inf), success_fn is not None
+    success, defined = np.full(shape, np.inf), success_fn is not None
     bar = tqdm(total=len(policies) * steps, unit="step", desc=f"play {env_id}", disable=not progress)
     for p, policy in enumerate(policies):
         seen = [[_flat(space, sim.reset(seed=int(s))[0])] for sim, s in zip(sims, seeds, strict=True)]
@@ -115,7 +116,7 @@ def play_real(
                     if terminated:
                         last[p, e], ended[p, e] = t + 1, True
                     solved = _says_success(info)
-                    told |= solved is not None
+                    defined |= solved is not None
                     if success_fn is not None:
                         solved = bool(_ask(success_fn, doors.shown(seen[e][-1][None]))[0])
                     if solved:
@@ -128,18 +129,10 @@ def play_real(
     bar.close()
     for sim in sims:
         sim.close()
-    known = None if states[0] is None else torch.from_numpy(np.stack(states))
-    result = Result(total, last, ended, success if told else None, np.zeros(shape, bool))
-    return Rollouts(
-        env_id,
-        tuple(policies),
-        seeds,
-        refused,
-        limit,
-        Episodes.stack(parts),
-        known,
-        result,  # type: ignore[arg-type]
-    )
+    told = [row for row in states if row is not None]
+    known = torch.from_numpy(np.stack(told)) if told else None
+    result = Result(total, last, ended, success if defined else None, np.zeros(shape, bool))
+    return Rollouts(env_id, tuple(policies), seeds, refused, limit, Episodes.stack(parts), known, result)
 
 
 @torch.inference_mode()
@@ -165,7 +158,7 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
         )
         state, imagined = dynamics.imagine(state, doors.actions(chosen, len(rows), device))
         assert imagined.obs is not None
-        obs, reward, ends = (to_numpy(x[:, 0]) for x in imagined)
+        obs, reward, ends = (to_numpy(x[:, 0]) for x in (imagined.obs, imagined.reward, imagined.terminated))
         sound = np.isfinite(obs).all(-1) & np.isfinite(reward)
         total[rows[sound]] += reward[sound]
         lost[rows[~sound]] = True
@@ -179,8 +172,8 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
             break
         if not going.all():
             rows, obs, state = rows[going], obs[going], state.select(torch.from_numpy(np.flatnonzero(going)))
-    total, last, ended, lost, success = (x.reshape(shape) for x in (total, last, ended, lost, success))
-    return Result(total, last, ended, success if success_fn is not None else None, lost)
+    found = success.reshape(shape) if success_fn is not None else None
+    return Result(total.reshape(shape), last.reshape(shape), ended.reshape(shape), found, lost.reshape(shape))
 
 
 def _unsolved(sim: Any, episodes: int, seed: int, success_fn: SuccessFn | None) -> tuple[NDArray[np.int64], int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from kairos_gym.calibrate import LEAST, trust_in
 from kairos_gym.collect import recorded, simulator_of
 from kairos_gym.open_loop import CONTEXT, score
 from world_model.config import WorldModelConfig
@@ -38,7 +39,8 @@ def train(
     draft_steps, steps: optimiser updates of the draft and of the transformer.
 
     The card names simulator, data and call, and holds the open-loop errors on the held-out episodes after 1, 8 and 64
-    steps, as far as half of them are long enough. A call that was killed goes on where it is repeated.
+    steps, as far as half of them are long enough. With 32 held-out episodes or more, the model is calibrated on them
+    (``kairos_gym.calibrate``). A call that was killed goes on where it is repeated.
 
     Raises FileNotFoundError without such a dataset, ValueError for a wrong argument, for a dataset of other spaces
     than ``Spec`` takes and where ``out`` holds another recipe's model.
@@ -65,15 +67,18 @@ def train(
         "made_by": f"kairos_gym.train.train({dataset_id!r}, {str(out)!r}{arguments})",
         "data": {**dataset.storage.metadata.get("recipe", {}), "dataset": dataset_id, "held_out": held_out},
     }
-    model = fit(
-        config, spec, Episodes.from_minari(dataset, range(trained)), recipe, out=out, card=card, progress=progress
-    )
+    episodes = Episodes.from_minari(dataset, range(trained))
+    card["data"]["fingerprint"] = episodes.fingerprint()
+    model = fit(config, spec, episodes, recipe, out=out, card=card, progress=progress)
     horizon = longest_horizon(dataset, held_out)
     if horizon is not None:
         errors = score(model, dataset_id, horizon=horizon).table()
         what = f"open-loop NRMSE on held-out episodes after {CONTEXT} real frames, RMS and median over trajectories"
         model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
-        model.save_pretrained(out)
+    left = range(trained, dataset.total_episodes)
+    if len(left) >= LEAST:
+        trust_in(model, Episodes.from_minari(dataset, left), dataset_id, seed=seed)
+    model.save_pretrained(out)
     return model
 
 

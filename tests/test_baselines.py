@@ -15,7 +15,6 @@ from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dream_vector_env import DreamVectorEnv
 from planners import CEM
 from world_model.baselines import Baseline, fit_constant, fit_ensemble, fit_linear
-from world_model.contract import Spec
 from world_model.episodes import Episodes, spec_of
 
 
@@ -147,9 +146,7 @@ def test_nothing_to_learn_from_what_never_moves() -> None:
     class Still(LQR):
         def __init__(self) -> None:
             super().__init__()
-            self.spec = Spec(
-                *(getattr(box_spec(3, 1, bound=4.0), n) for n in ("observation_space", "action_space")), 8, 0.2
-            )
+            self.spec = box_spec(3, 1, bound=4.0)
 
         def step(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             moved, reward = super().step(x[:, :2], u)

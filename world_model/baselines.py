@@ -88,6 +88,9 @@ class Linear(Baseline):
     Whether an episode ends is a threshold on a quadratic of each dimension of the observation that it leads to.
     """
 
+    weight: Tensor  # [O+A+1,O+1]
+    ends: Tensor  # [2*O+1]
+
     def __init__(self, spec: Spec):
         super().__init__(spec)
         (o,), (a,) = spec.observation_box.shape, spec.action_box.shape
@@ -106,6 +109,8 @@ class Ensemble(Baseline):
 
     Four hidden layers of 200, swish, as is usual for it; ``imagine`` follows the members' mean prediction.
     """
+
+    ends: Tensor  # [2*O+1], as Linear's
 
     def __init__(self, spec: Spec, members: int = 5, width: int = 200, hidden: int = 4):
         super().__init__(spec)

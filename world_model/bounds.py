@@ -4,8 +4,8 @@ Memory (Kairos, arXiv 2606.16533; the gated delta rule, arXiv 2412.06464). A tok
 alpha S (I - beta k k^T) + beta v k^T. With unit keys and 0 < beta < 1 this shrinks the Frobenius distance of two
 memories by alpha at least, and by no more in directions across k. (The paper's lemma asks for |k|^2 < 1 - alpha, which
 unit keys never meet; alpha itself is the honest factor.) So for a memory S written from dreamed frames and S* written
-from the real ones, e_t = |S_t - S*_t|, rho_t the product of the alphas of a dreamed frame, and xi_t the distance of what
-the dreamed and the real frame make of the same S*_{t-1}:
+from the real ones, e_t = |S_t - S*_t|, rho_t the product of the alphas of a dreamed frame, and xi_t the distance of
+what the dreamed and the real frame make of the same S*_{t-1}:
 
     e_t <= rho_t e_{t-1} + xi_t        and so        e_t <= rho^t e_0 + (1 - rho^t) / (1 - rho) xi
 

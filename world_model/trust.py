@@ -1,10 +1,11 @@
 """Trust: how wrong a dream may be by now, as a bound that holds with a stated confidence.
 
 A dream's error after h steps without evidence is the RMS over dimensions of (dreamed - real) / unit. Its bound is
-q_h(confidence) * u: u is the dream's own doubt, which grows along its path by a small learned rule, and q_h the quantile
-of error / u among held-out dreams of h steps (split conformal prediction, arXiv 2107.07511). So the rule only decides how
-sharp the bound is; that it holds comes from the quantiles, for dreams like those it was calibrated on: a new draw of the
-same kind of episodes and actions. Windows of one episode count as draws of their own, though they aren't quite.
+q_h(confidence) * u: u is the dream's own doubt, which grows along its path by a small learned rule, and q_h the
+quantile of error / u among held-out dreams of h steps (split conformal prediction, arXiv 2107.07511). So the rule only
+decides how sharp the bound is; that it holds comes from the quantiles, for dreams like those it was calibrated on: a
+new draw of the same kind of episodes and actions. Windows of one episode count as draws of their own, though they
+aren't quite.
 """
 
 from __future__ import annotations
