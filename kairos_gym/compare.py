@@ -406,10 +406,9 @@ def _speed(world: Any, rollouts: Rollouts, rounds: int = 5) -> Speed:
         return len(played)
 
     def dreaming(batch: int) -> Callable[[], int]:
-        episodes = rollouts.episodes
-        first = episodes.starts()[torch.arange(batch) % len(episodes.starts())]
-        state = world.observe(world.initial(batch), episodes.obs[first][:, None])
-        actions = episodes.action[first + 1][:, None]
+        first = rollouts.starts.flatten()[torch.arange(batch) % rollouts.starts.numel()]
+        windows = Windows(rollouts.episodes, first, torch.ones_like(first), 1, rollouts.states)
+        state, actions = windows.begin(world), windows.real[1]
 
         def play() -> int:
             with torch.inference_mode():

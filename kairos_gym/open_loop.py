@@ -53,6 +53,7 @@ class Windows:
     ) -> Imagined:
         """All h steps, dreamed with the actions really played, without another look -> Imagined [W,h,...].
 
+        What ends stays as it ended, as ``SimulatorDynamics`` has it: its observation repeats and earns nothing more.
         state: begin there instead of where ``begin`` does. actions: [W,h,A] to play instead.
         """
         state = self.begin(dynamics) if state is None else state
@@ -60,7 +61,11 @@ class Windows:
         for piece in (self.real[1] if actions is None else actions).split(chunk, 1):
             state, imagined = dynamics.imagine(state, piece, **imagine)
             parts.append(imagined)
-        return Imagined(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+        obs, reward, ends = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        over = ends.cumsum(1).cumsum(1) > 1
+        last = torch.where(over, ends.int().argmax(1, keepdim=True), torch.arange(self.horizon))
+        held = obs.gather(1, last[..., None].expand_as(obs))
+        return Imagined(held, reward.masked_fill(over, 0.0), ends | over)
 
     def against(self, imagined: Imagined, std: Tensor) -> OpenLoop:
         """What was wrong in a ``dream`` of these windows; std [O] is the unit of each dimension."""

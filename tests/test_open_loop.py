@@ -14,7 +14,7 @@ from tiny import tiny_model
 from toys import PointMass
 
 from kairos_gym.collect import collect
-from kairos_gym.open_loop import OpenLoop, open_loop, score
+from kairos_gym.open_loop import OpenLoop, Windows, open_loop, score
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
 
@@ -126,3 +126,42 @@ def test_another_simulators_data_are_refused() -> None:
 def test_a_missing_dataset_is_told_how_to_get() -> None:
     with pytest.raises(FileNotFoundError, match=r"no dataset none/such-v0 .*kairos collect SIMULATOR none/such-v0"):
         score(pendulum(), "none/such-v0")
+
+
+def test_a_dream_that_ended_stays_where_it_ended() -> None:
+    class Falls(PointMass):
+        """Ends where x passes 0.5, and says NaN from then on."""
+
+        def __init__(self) -> None:
+            super().__init__(wall=0.5)
+
+    episodes = walk([12, 12])
+    at = episodes.starts()
+    windows = Windows(episodes, at, torch.ones(2, dtype=torch.int64), 10)
+    right = torch.ones(2, 10, 2)
+    dreamed = windows.dream(Falls(), actions=right)
+    assert dreamed.obs is not None and dreamed.obs.isfinite().all() and dreamed.terminated[:, -1].all()
+    for row in range(2):
+        end = int(dreamed.terminated[row].int().argmax())
+        assert torch.equal(dreamed.obs[row, end:], dreamed.obs[row, end].expand(10 - end, 2))
+        assert dreamed.obs[row, end, 0] > 0.5 and not dreamed.reward[row, end + 1 :].any()
+
+
+def test_windows_of_every_length_see_what_they_should() -> None:
+    """The toy remembers the last frame alone, so whatever it saw before, the truth makes no error until the end."""
+    episodes = walk([12, 3, 30])
+    at = episodes.starts() + torch.tensor([4, 1, 0])
+    windows = Windows(episodes, at, torch.tensor([5, 2, 1]), 6)
+    error = windows.against(windows.dream(PointMass(), chunk=4), torch.ones(2))
+    assert error.obs_error.isnan().all(-1).sum(1).tolist() == [0, 4, 0], "the second episode ends after two steps"
+    assert error.obs_error.nan_to_num().abs().max() < 1e-5
+    assert error.nrmse(6).shape == (2,) and error.table([1])["h1"]["rms"] < 1e-5
+
+
+def test_a_dream_that_is_no_number_is_infinitely_wrong() -> None:
+    episodes = walk([12])
+    windows = Windows(episodes, episodes.starts(), torch.ones(1, dtype=torch.int64), 3)
+    dreamed = windows.dream(PointMass())
+    assert dreamed.obs is not None
+    bad = dreamed._replace(obs=dreamed.obs.index_fill(1, torch.tensor([2]), torch.nan))
+    assert windows.against(bad, torch.ones(2)).table([2, 3])["h3"]["rms"] == float("inf")

@@ -1,0 +1,219 @@
+"""Imagined against simulated: the truth is found perfect, the broken broken, and what would deceive is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from envs import SimulatorDynamics
+from kairos_gym import comparison_page
+from kairos_gym.collect import collect
+from kairos_gym.compare import MODEL, SHUFFLED, Comparison, compare
+from kairos_gym.experience import experience
+from kairos_gym.policies import Policy, scripted
+from kairos_gym.rollouts import play_real
+from kairos_gym.train import train
+from world_model.contract import Imagined
+from world_model.state import LatentState
+
+QUICK: dict[str, Any] = dict(episodes=3, horizon=12, context=4, limit=30, progress=False, references=False)
+
+
+def policies(env_id: str) -> list[Policy]:
+    space = gym.make(env_id).action_space
+    assert isinstance(space, gym.spaces.Box)
+    still, uniform, held, sine = scripted(space)
+    gentle = Policy("gentle", lambda obs, step, seeds: 0.3 * uniform.act(obs, step, seeds))
+    return [still, uniform, held, sine, gentle]
+
+
+class Shuffled(SimulatorDynamics):
+    """The simulator, but each row plays what its neighbour should."""
+
+    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+        return super().imagine(state, actions.roll(1, 0), decode=decode)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Comparison:
+    return compare(SimulatorDynamics("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+
+
+@pytest.fixture(scope="module")
+def broken() -> Comparison:
+    return compare(Shuffled("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+
+
+def perfect(found: Comparison) -> None:
+    numbers = found.numbers()
+    assert all(row["rms"] < 1e-6 for row in numbers["error_by_horizon"][MODEL].values())
+    assert max(max(row) for row in numbers["drift"].values()) < 1e-6
+    told = numbers["agreement"][MODEL]
+    assert told["pearson"][0] == pytest.approx(1) and told["spearman"][0] == pytest.approx(1)
+    assert told["regret"][0] == 0 and told["chosen"] == told["best"]
+    assert np.allclose(found.results[MODEL].returns, found.rollouts.result.returns, rtol=1e-5)
+    assert numbers["steps_within"][MODEL] == {"0.1": 12, "0.3": 12}
+
+
+def test_the_simulator_itself_is_perfect(truth: Comparison) -> None:
+    perfect(truth)
+    assert truth.numbers()["error_by_horizon"][SHUFFLED]["8"]["median"] > 0.05
+
+
+def test_the_simulator_itself_is_perfect_where_its_state_is_hidden() -> None:
+    """From Pusher's observation its state can't be told: the exact state must be used. Its ends are real."""
+    perfect(compare(SimulatorDynamics("Pusher-v5"), "Pusher-v5", policies=policies("Pusher-v5"), **QUICK))
+
+
+def test_ends_are_counted() -> None:
+    found = compare(
+        SimulatorDynamics("InvertedPendulum-v5"),
+        "InvertedPendulum-v5",
+        policies=policies("InvertedPendulum-v5"),
+        **QUICK,
+    )
+    perfect(found)
+    ends = found.ends
+    assert ends.both > 0 and ends.only_simulated == ends.only_dreamed == 0 and ends.steps_apart == 0
+    assert ends.both + ends.neither == len(found.windows.at) == 15
+    assert (found.rollouts.result.steps < 30).any(), "and the pole fell in the closed loop too"
+
+
+def test_a_broken_model_is_found_broken(broken: Comparison) -> None:
+    numbers = broken.numbers()
+    errors = numbers["error_by_horizon"]
+    assert errors[MODEL]["8"]["median"] > 0.05
+    assert 0.3 < errors[MODEL]["8"]["median"] / errors[SHUFFLED]["8"]["median"] < 3
+    assert any("be warned" in sentence for sentence in comparison_page.in_short(numbers))
+    assert numbers["agreement"][MODEL]["pearson"][0] < 0.9
+
+
+def test_the_simulator_a_little_off_orders_itself(truth: Comparison, broken: Comparison) -> None:
+    by_start = [truth.errors[f"simulator, {off:g} std off"].nrmse(4).median() for off in (1e-5, 1e-3, 1e-1)]
+    assert 0 < by_start[0] < by_start[1] < by_start[2]
+    near = replace(truth, errors={**truth.errors, MODEL: truth.errors["simulator, 0.001 std off"]})
+    assert near.equivalent(4) == pytest.approx(1e-3, rel=1e-6)
+    assert np.isnan(truth.equivalent(4) or 0), "the truth is nearer than any of these starts"
+
+
+def test_the_report_holds_it_all(broken: Comparison, tmp_path: Path) -> None:
+    path = comparison_page.write(broken, tmp_path / "report", "kairos compare --test")
+    text = path.read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', text) and "<script" not in text, "it needs no network"
+    for heading in ("Error by horizon", "For which policies", "Where it lies", "Rewards and ends", "Speed and memory"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "kairos compare --test" in text and "data:image/webp;base64" in text, "Pendulum can be drawn"
+    numbers = json.loads((path.parent / "comparison.json").read_text())
+    assert numbers == json.loads(json.dumps(broken.numbers()))
+    assert numbers["policies"]["gentle"]["simulated"]["return"] == pytest.approx(
+        broken.rollouts.result.returns[4].mean()
+    )
+    logs = EventAccumulator(str(path.parent / "logs"))
+    logs.Reload()
+    scalars = logs.Scalars(f"median error/{MODEL}".replace(" ", "_"))
+    assert len(scalars) == 12 and scalars[3].value == pytest.approx(broken.errors[MODEL].nrmse(4).median().item())
+
+
+def upright(obs: Any) -> Any:
+    return obs[:, 0] > 0.9
+
+
+def test_starts_that_are_solved_are_refused_and_success_is_timed() -> None:
+    found = compare(
+        SimulatorDynamics("Pendulum-v1"),
+        "Pendulum-v1",
+        policies=policies("Pendulum-v1"),
+        success_fn=upright,
+        **{**QUICK, "episodes": 12},
+    )
+    starts = found.rollouts.episodes.obs[found.rollouts.starts[0]]
+    assert not upright(starts.numpy()).any() and found.rollouts.refused > 0
+    assert len(set(found.rollouts.seeds.tolist())) == 12
+    real, dreamed = found.rollouts.result.success, found.results[MODEL].success
+    assert real is not None and dreamed is not None and np.array_equal(real, dreamed)
+    assert np.isfinite(real).any() and real.min() >= 1
+    said = found.numbers()["policies"]["uniform"]["simulated"]
+    assert said["success"] == pytest.approx(np.isfinite(real[1]).mean())
+    with pytest.raises(ValueError, match="begin already solved"):
+        play_real("Pendulum-v1", policies("Pendulum-v1"), episodes=2, seed=0, success_fn=lambda obs: obs[:, 0] < 2)
+    with pytest.raises(ValueError, match="success_fn must return bool"):
+        play_real("Pendulum-v1", policies("Pendulum-v1"), episodes=2, seed=0, success_fn=lambda obs: obs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model trained for no time at all on experience that it may be compared on."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "data"))
+        collect("Pendulum-v1", "pp/train-v0", seed=0, episodes=6, episode_steps=40, progress=False)
+        train("pp/train-v0", folder / "model", held_out=2, draft_steps=20, steps=4, progress=False)
+        yield folder / "model"
+
+
+def test_references_know_the_same_data(trained: Path) -> None:
+    found = compare(trained, policies=policies("Pendulum-v1"), **{**QUICK, "references": True})
+    for name in ("nothing moves", "linear", "PETS ensemble"):
+        assert name in found.errors and name in found.results
+    assert found.numbers()["settings"]["references_fitted_on"] == "pp/train-v0"
+    assert found.memory and found.numbers()["memory"]["1"]["violations"] == 0
+    assert found.trust is None and "was not calibrated" in "".join(
+        comparison_page.page(found, found.numbers(), "x")._parts
+    )
+
+
+def test_evaluation_on_training_episodes_is_refused(trained: Path) -> None:
+    """Episodes of the very seeds and dice that were recorded."""
+    rng = np.random.default_rng([0, 0])
+    seed = int(rng.integers(2**31))  # as collect draws it
+    space = gym.make("Pendulum-v1").action_space
+    data = experience(json.loads((trained / "card.json").read_text())).episodes
+    played = data.action[1:41].numpy()
+    copy = Policy("copy", lambda obs, step, seeds: np.repeat(played[min(step, 39)][None], len(seeds), 0))
+    assert isinstance(space, gym.spaces.Box)
+    about = {**QUICK, "seed": seed, "policies": [copy, *scripted(space)]}
+    with pytest.raises(ValueError, match=r"steps of the evaluation are in the training data pp/train-v0"):
+        compare(trained, **{**about, "references": True})
+    with pytest.raises(ValueError, match=r"evaluation episodes \[0\] begin where training episodes did"):
+        compare(trained, **about)
+
+
+def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path: Path) -> None:
+    card = json.loads((trained / "card.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+        again = experience(card)
+        assert again.episodes.fingerprint() == card["data"]["fingerprint"]
+        card["data"]["fingerprint"] = "another"
+        with pytest.raises(ValueError, match="holds other episodes"):
+            experience(card)
+        with pytest.raises(FileNotFoundError, match="no dataset theirs/x-v0"):
+            experience({"data": {"dataset": "theirs/x-v0", "held_out": 0}})
+    with pytest.raises(ValueError, match="doesn't say what it was trained on"):
+        experience({})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"horizon": 0}, "horizon and context must be"),
+        ({"episodes": 1}, "episodes 2"),
+        ({"chunk": 9}, "chunk must be 1 to 8"),
+        ({"env_id": "Reacher-v5"}, "is it its simulator"),
+        ({"env_id": None}, "names no simulator"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(wrong: dict[str, Any], what: str) -> None:
+    about = {"env_id": "Pendulum-v1", **QUICK, **wrong}
+    with pytest.raises(ValueError, match=what):
+        compare(SimulatorDynamics("Pendulum-v1"), policies=policies("Pendulum-v1"), **about)
