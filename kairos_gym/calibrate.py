@@ -40,9 +40,13 @@ class Doubted:
 
     def bound(self, trust: Trust, confidence: float) -> Tensor:
         """What ``trust`` says of each dream after each step -> [W,H]."""
-        doubt = torch.cat([trust.begin(1, int(n)) for n in self.seen])
-        steps = torch.arange(1, self.error.shape[1] + 1).expand_as(self.error)
-        return trust.bound(trust.follow(doubt, self.before, self.actions), steps, confidence)
+        widths = trust.widths(confidence)
+        return self.doubt(trust) * widths[torch.arange(self.error.shape[1]).clamp_max(trust.horizon)]
+
+    def doubt(self, trust: Trust) -> Tensor:
+        """What the bound is a multiple of -> [W,H]."""
+        begin = torch.cat([trust.begin(1, int(n)) for n in self.seen])
+        return trust.follow(begin, self.before, self.actions)
 
 
 def calibrate(model: str | Path, dataset_id: str, out: str | Path | None = None, *, seed: int = 0) -> WorldModel:

@@ -125,7 +125,13 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     report.table(
         ["returns in", "Pearson", "Spearman", "regret", "chooses"],
         [
-            [name, *[_interval(told[what]) for what in ("pearson", "spearman", "regret")], told["chosen"]]
+            [
+                name,
+                _correlation(told["pearson"]),
+                _correlation(told["spearman"]),
+                _interval(told["regret"]),
+                told["chosen"],
+            ]
             for name, told in numbers["agreement"].items()
         ],
     )
@@ -297,7 +303,8 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
         ratio = shuffled / max(mine, 1e-9)
         verdict = "The dream follows the actions" if ratio > 2 else "The dream hardly listens to the actions: be warned"
         yes.append(
-            f"{verdict}: with other stretches' actions its median error after {_steps(h)} is {ratio:.3g} times that."
+            f"{verdict}: with other stretches' actions its median error after {_steps(h)} is {_times(ratio)} times as "
+            "large."
         )
     by = {name: row[h]["median"] for name, row in numbers["error_by_policy"].items() if row[h]["median"] is not None}
     if by:
@@ -308,8 +315,8 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
         )
     yes.append(
         f"Which policy is better: over {len(numbers['policies'])} policies, imagined and simulated returns have a "
-        f"Spearman correlation of {_interval(told['spearman'])} and a Pearson correlation of "
-        f"{_interval(told['pearson'])}. The policy it would choose is “{told['chosen']}”, the best is "
+        f"Spearman correlation of {_correlation(told['spearman'])} and a Pearson correlation of "
+        f"{_correlation(told['pearson'])}. The policy it would choose is “{told['chosen']}”, the best is "
         f"“{told['best']}”: regret {_number(told['regret'][0])}."
     )
     if numbers["trust"] is not None:
@@ -361,7 +368,7 @@ def draw_dimensions(comparison: Comparison) -> Figure:
     axes.set_ylabel("dimension")
     axes.invert_yaxis()
     axes.set_xlabel("RMS error over the dimension's std")
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
 
 
@@ -490,6 +497,8 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     axes.tick_params(labelsize=8.5, length=3, color="#8a94a3")
     return figure, axes
 
@@ -500,6 +509,15 @@ def _both(row: dict[str, Any]) -> Cell:
 
 def _number(x: float | None) -> str:
     return "-" if x is None or not math.isfinite(x) else f"{x:.2g}" if abs(x) < 100 else f"{x:.0f}"
+
+
+def _times(x: float) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def _correlation(told: list[float | None]) -> str:
+    estimate, low, high = ("-" if x is None else f"{x:.2f}" for x in told)
+    return f"{estimate} ({low} to {high})"
 
 
 def _interval(told: list[float | None]) -> str:

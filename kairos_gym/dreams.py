@@ -389,6 +389,7 @@ class Dreams:
                 "DATASET with recorded episodes that its training left out"
             )
         trust.expect(self.confidence)
+        self._widths = trust.widths(self.confidence).double().numpy()
         return trust  # type: ignore[no-any-return]
 
     def _doubts(self, actions: Tensor, imagined: Imagined, at: Rows) -> _Doubts:
@@ -400,8 +401,9 @@ class Dreams:
         with torch.no_grad():
             before = torch.cat([present[torch.from_numpy(at)][:, None], imagined.obs[:, :-1]], 1)
             doubt = trust.follow(torch.from_numpy(self._doubt[at]), before.cpu(), actions.cpu())
-            age = torch.from_numpy(self._clock - self._born[at])[:, None] + torch.arange(1, self.chunk + 1)
-            return _Doubts(doubt.numpy(), trust.bound(doubt, age, self.confidence).double().numpy(), age.numpy())
+        steps = (self._clock - self._born[at])[:, None] + np.arange(1, self.chunk + 1)
+        widths = self._widths[np.minimum(steps, len(self._widths)) - 1]
+        return _Doubts(doubt.numpy(), doubt.numpy() * widths, steps)
 
     def _too_wrong(self, bound: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.zeros(bound.shape, bool) if self.max_error is None else ~(bound <= self.max_error)

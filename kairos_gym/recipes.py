@@ -94,6 +94,11 @@ def _split(recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Beha
     )
 
 
+def calibration(recipe: Recipe) -> list[Episodes]:
+    """The episodes to calibrate on, and the second set to check that on."""
+    return [_split(recipe, split, *about, "ladder") for split, about in CALIBRATION.items()]
+
+
 def config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
     sizes = {"obs_dim": spec.observation_box.shape[0], "action_dim": spec.action_box.shape[0]}
     return WorldModelConfig.from_dict({**sizes, **recipe.model, **changes})
@@ -142,7 +147,7 @@ def build(name: str, out: Path) -> WorldModel:
         "machine": machine(),
         "date": date.today().isoformat(),
     }
-    first, second = (_split(recipe, split, *about, "ladder") for split, about in CALIBRATION.items())
+    first, second = calibration(recipe)
     trust_in(model, first, f"{name}/calibration-v0")
     assert model.trust is not None
     held = coverage(doubted(model, draw(second, seed=1), task.std), model.trust)

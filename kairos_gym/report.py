@@ -19,7 +19,7 @@ Cell = str | int | float
 
 STYLE = """
 :root { color-scheme: light }
-body { margin: 0 auto; max-width: 46rem; padding: 2rem 1rem 3rem; color: #1c2430; background: #fff;
+body { margin: 0 auto; max-width: 52rem; padding: 2rem 1rem 3rem; color: #1c2430; background: #fff;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1rem; letter-spacing: -.01em }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }

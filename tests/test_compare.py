@@ -120,7 +120,7 @@ def test_the_report_holds_it_all(broken: Comparison, tmp_path: Path) -> None:
     )
     logs = EventAccumulator(str(path.parent / "logs"))
     logs.Reload()
-    scalars = logs.Scalars(f"median error/{MODEL}".replace(" ", "_"))
+    scalars = logs.Scalars(f"median error/{MODEL}")
     assert len(scalars) == 12 and scalars[3].value == pytest.approx(broken.errors[MODEL].nrmse(4).median().item())
 
 

@@ -56,8 +56,7 @@ def taught() -> Trust:
 
 def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Trust) -> None:
     before, actions, error, _ = toy(2000, 1)
-    steps = torch.arange(1, 21).expand_as(error)
-    bound = taught.bound(taught.follow(taught.begin(len(error), 1), before, actions), steps, 0.9)
+    bound = taught.follow(taught.begin(len(error), 1), before, actions) * taught.widths(0.9)[:20]
     held = (error <= bound).float().mean(0)
     assert held.min() > 0.86 and held.max() < 0.94
     bad = before[:, 0, 0] > 0
@@ -67,8 +66,8 @@ def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Tr
 
 
 def test_beyond_what_was_calibrated_there_is_no_bound(taught: Trust) -> None:
-    doubt = taught.begin(2, 3)
-    assert taught.bound(doubt, torch.tensor([20, 21]), 0.9).isinf().tolist() == [False, True]
+    assert taught.widths(0.9).isinf().tolist() == [False] * 20 + [True]
+    assert (taught.widths(0.99)[:20] > taught.widths(0.5)[:20]).all()
     taught.expect(0.99)
     with pytest.raises(ValueError, match=r"0\.5 to 0\.995"):
         taught.expect(0.4)

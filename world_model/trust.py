@@ -11,17 +11,17 @@ aren't quite.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 LEVELS = torch.arange(100, 200) / 200  # 0.5 to 0.995
-WIDTH = 48  # of the rule's hidden layers
-FASTEST = 0.5  # logarithm of the most by which a doubt grows, or shrinks, in a step
+WIDTH = 32  # of the rule's hidden layers
+# Logarithms of growth and injection lie this far around these: a doubt grows or shrinks by e^0.5 in a step at most.
+CENTRE, REACH = torch.tensor([0.0, -8.0]), torch.tensor([0.5, 7.5])
 FULL = 2.0  # where a doubt stops growing: two states drawn apart from each other are about 1.4 apart
 QUANTILE = 0.9  # what the rule is taught to be: the bound that most will ask for
 
@@ -31,13 +31,12 @@ class Trust:
     """The rule v = growth(o, a) * u + injection(o, a), u' = v / (1 + v / FULL), and the quantiles."""
 
     model: Tensor  # uint8 [n], the fingerprint of the weights that it was calibrated with
-    mean: Tensor  # [O], [A] and [O], [A]: the rule's inputs in units of their own
-    std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
-    enter: Tensor  # [O+A+1,D]
-    middle: Tensor  # [D+1,D]
-    leave: Tensor  # [D+1,2]
+    enter: Tensor  # [O+A,D], of raw observations and actions
+    enter_bias: Tensor  # [D]
+    middle: Tensor  # [D,D]
+    middle_bias: Tensor
+    leave: Tensor  # [D,2]
+    leave_bias: Tensor
     first: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
     quantiles: Tensor  # [Q,H] of error / u; infinite where too few dreams lived that long
     counts: Tensor  # int64 [H], how many did
@@ -51,7 +50,7 @@ class Trust:
         """Raises ValueError for a ``confidence`` that this calibration can't give even after one step."""
         if not 0.5 <= confidence <= 0.995:
             raise ValueError(f"confidence must be 0.5 to 0.995, got {confidence}")
-        if not bool(self.quantiles[self._level(confidence), 0].isfinite()):
+        if not bool(self.widths(confidence)[0].isfinite()):
             raise ValueError(
                 f"confidence {confidence} needs more than the {int(self.counts[0])} dreams that this model was "
                 "calibrated on: ask for less, or kairos calibrate with more episodes"
@@ -63,36 +62,26 @@ class Trust:
 
     def follow(self, doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
         """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K]."""
-        growth, injection = self._rule(before, actions)
+        growth, injection = self._rule(torch.cat([before, actions], -1)).unbind(-1)
         after = []
         for k in range(actions.shape[1]):
-            doubt = growth[:, k] * doubt + injection[:, k]
+            doubt = torch.addcmul(injection[:, k], growth[:, k], doubt)
             doubt = doubt / (1 + doubt / FULL)
             after.append(doubt)
         return torch.stack(after, 1)
 
-    def bound(self, doubt: Tensor, steps: Tensor, confidence: float) -> Tensor:
-        """What the error after ``steps`` (int64, 1 is the first) won't pass, of dreams with that ``doubt``: all [...].
+    def widths(self, confidence: float) -> Tensor:
+        """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H."""
+        level = min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)  # the first that is enough
+        return torch.cat([self.quantiles[level], torch.full((1,), torch.inf)])
 
-        Infinite beyond ``horizon``.
-        """
-        h = (steps - 1).clamp(0, self.horizon - 1)
-        bound = self.quantiles[self._level(confidence)].to(doubt.device)[h] * doubt
-        return torch.where(steps > self.horizon, torch.inf, bound)
-
-    def _level(self, confidence: float) -> int:
-        """The first level that is at least ``confidence``."""
-        return min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)
-
-    def _rule(self, before: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        seen = torch.cat([(before - self.mean) / self.std, (actions - self.action_mean) / self.action_std], -1)
-        x = torch.tanh(_affine(seen.clamp(-8, 8), self.enter))
-        x = _affine(torch.tanh(_affine(x, self.middle)), self.leave)
-        return torch.exp(FASTEST * torch.tanh(x[..., 0])), torch.exp(-6 + 8 * torch.tanh(x[..., 1] / 4))
-
-    def to(self, device: torch.device) -> Trust:
-        """The same on another device."""
-        return Trust(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def _rule(self, seen: Tensor) -> Tensor:
+        """Observations and actions [...,O+A] -> growth and injection [...,2]."""
+        # Few and large operations: this runs at every step of an env.
+        x = torch.addmm(self.enter_bias, seen.flatten(0, -2), self.enter).tanh_()
+        x = torch.addmm(self.middle_bias, x, self.middle).tanh_()
+        x = torch.addmm(self.leave_bias, x, self.leave).tanh_()
+        return torch.addcmul(CENTRE, REACH, x).exp_().view(*seen.shape[:-1], 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, as a checkpoint keeps it."""
@@ -119,15 +108,22 @@ def fit_trust(
     error: [W,H], NaN where the real episode had ended; seen: int64 [W], real frames before. Windows of one episode
     must stand together: the first third teaches.
     """
-    cut = len(error) // 3
+    cut, inputs = len(error) // 3, torch.cat([before, actions], -1).flatten(0, 1)
+    inputs = inputs[inputs.isfinite().all(-1)]
+    mean, std = inputs.mean(0), inputs.std(0)
+    unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)  # what never moves says nothing
     generator = torch.Generator().manual_seed(seed)
-    trust = _untaught(fingerprint, before, actions, error, generator)
-    _teach(trust, before[:cut], actions[:cut], error[:cut], seen[:cut], generator, updates)
+    trust = _untaught(fingerprint, len(mean), error, generator)
+    o = before.shape[-1]
+    scaled = (before[:cut] - mean[:o]) * unit[:o], (actions[:cut] - mean[o:]) * unit[o:]
+    _teach(trust, *scaled, error[:cut], seen[:cut], generator, updates)
+    # From here on it takes raw numbers: their units are a part of the first layer.
+    enter = unit[:, None] * trust.enter
+    trust = replace(trust, enter=enter, enter_bias=trust.enter_bias - mean @ enter)
     with torch.no_grad():
         doubt = trust.follow(trust.first[seen.clamp_max(2) - 1].exp(), before, actions)
     quantiles, counts = conformal(error[cut:] / doubt[cut:])
-    kept = {name: t.detach() for name, t in trust.tensors().items()}
-    return Trust(**{**kept, "quantiles": quantiles, "counts": counts})
+    return replace(trust, quantiles=quantiles, counts=counts)
 
 
 def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,20 +139,16 @@ def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(k > counts, torch.inf, found), counts
 
 
-def _untaught(fingerprint: str, before: Tensor, actions: Tensor, error: Tensor, generator: torch.Generator) -> Trust:
-    flat, played = before.flatten(0, 1), actions.flatten(0, 1)
-    flat = flat[flat.isfinite().all(-1)]
-    inputs = flat.shape[1] + played.shape[1]
+def _untaught(fingerprint: str, inputs: int, error: Tensor, generator: torch.Generator) -> Trust:
     begin = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
     return Trust(
         torch.frombuffer(bytearray(fingerprint.encode()), dtype=torch.uint8),
-        flat.mean(0),
-        flat.std(0).clamp_min(1e-6),
-        played.mean(0),
-        played.std(0).clamp_min(1e-6),
-        torch.randn(inputs + 1, WIDTH, generator=generator) / inputs**0.5,
-        torch.randn(WIDTH + 1, WIDTH, generator=generator) / WIDTH**0.5,
-        0.1 * torch.randn(WIDTH + 1, 2, generator=generator) / WIDTH**0.5,
+        torch.randn(inputs, WIDTH, generator=generator) / inputs**0.5,
+        torch.zeros(WIDTH),
+        torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5,
+        torch.zeros(WIDTH),
+        0.1 * torch.randn(WIDTH, 2, generator=generator) / WIDTH**0.5,
+        torch.zeros(2),
         torch.stack([begin, begin]),
         torch.full((len(LEVELS), error.shape[1]), torch.inf),
         torch.zeros(error.shape[1], dtype=torch.int64),
@@ -167,7 +159,7 @@ def _teach(
     trust: Trust, before: Tensor, actions: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int
 ) -> None:
     """Make the doubt after every step the 90% quantile of the error there: the pinball loss on logarithms."""
-    learned = [trust.enter, trust.middle, trust.leave, trust.first]
+    learned = [t for name, t in trust.tensors().items() if name not in ("model", "quantiles", "counts")]
     for tensor in learned:
         tensor.requires_grad_()
     optimiser = torch.optim.AdamW(learned, lr=5e-3, weight_decay=1e-4)
@@ -187,7 +179,3 @@ def _teach(
         optimiser.step()
     for tensor in learned:
         tensor.requires_grad_(False)
-
-
-def _affine(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight[:-1].mT, weight[-1])

@@ -1,0 +1,103 @@
+"""What a dream's idea of its own error is worth, and what it costs: by which signal a bound is sharpest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kairos_gym.calibrate import Doubted, doubted, draw
+from kairos_gym.dream_vector_env import DreamVectorEnv
+from kairos_gym.models import load
+from kairos_gym.open_loop import Windows
+from kairos_gym.recipes import RECIPES, calibration
+from kairos_gym.report import as_text
+from world_model.model import WorldModel
+from world_model.trust import conformal
+
+SAMPLED = 4  # dreams whose spread is a signal
+HORIZONS = (1, 8, 32, 64)
+
+
+def trust(task: str, dreams: int = 500) -> None:
+    """Compare signals by the width of the 90% bound that each gives, and print what the chosen one costs an env.
+
+    Each signal's bound is calibrated on ``dreams`` dreams that the learned rule never saw, and measured on as many of a
+    second set. Cells: coverage, then mean and median width over that of a bound which knows the steps alone.
+    """
+    model = load(task)
+    learned = model.trust
+    assert learned is not None, "shipped models are calibrated"
+    have = [draw(episodes, seed) for seed, episodes in enumerate(calibration(RECIPES[task]))]
+    calibrating, fresh = _some(have[0], len(have[0].at) - dreams, dreams), _some(have[1], 0, dreams)
+    both = [(windows, doubted(model, windows, model.scaling.obs_std)) for windows in (calibrating, fresh)]
+    signals: dict[str, Callable[[Windows, Doubted], Tensor]] = {
+        "steps alone": lambda windows, seen: torch.ones_like(seen.error),
+        "draft's variance": partial(_draft_spread, model),
+        f"spread of {SAMPLED} sampled dreams": partial(_sampled_spread, model),
+        "learned doubt": lambda windows, seen: seen.doubt(learned),
+    }
+    plain: list[float] = []
+    rows: list[list[Any]] = []
+    for name, signal in signals.items():
+        (first, second), (told, asked) = (signal(*pair) for pair in both), (seen.error for _, seen in both)
+        bound = conformal(told / first.clamp_min(1e-9))[0][80] * second.clamp_min(1e-9)
+        cells = []
+        for h in HORIZONS:
+            lasts = ~asked[:, h - 1].isnan()
+            width, error = bound[lasts, h - 1], asked[lasts, h - 1]
+            cells.append((float((error <= width).float().mean()), float(width.mean()), float(width.median())))
+        plain = plain or [mean for _, mean, _ in cells]
+        shown = [f"{100 * c:.0f}% {m / p:.2f} {d / p:.2f}" for (c, m, d), p in zip(cells, plain, strict=True)]
+        rows.append([name, *shown])
+    print(f"{task}: coverage, mean width, median width\n")
+    print(as_text(["signal", *[f"{h} step{'s' * (h > 1)}" for h in HORIZONS]], rows), end="\n\n")
+    print(as_text(["dreams", "ms a step", "with confidence=0.9", "cost"], [_cost(model, b) for b in (1, 64, 1024)]))
+
+
+def _cost(model: WorldModel, batch: int, rounds: int = 9) -> list[Any]:
+    """Thread CPU time of a step with and without, by turns; medians."""
+    steps = max(2, 64 // batch)
+    envs = [DreamVectorEnv(model, batch), DreamVectorEnv(model, batch, confidence=0.9)]
+    spent: list[list[float]] = [[], []]
+    for env in envs:
+        env.action_space.seed(0)
+    actions = [envs[0].action_space.sample() for _ in range(steps)]
+    for _ in range(rounds):
+        for env, times in zip(envs, spent, strict=True):
+            env.reset(seed=0)
+            begun = time.thread_time()
+            for action in actions:
+                env.step(action)
+            times.append(1000 * (time.thread_time() - begun) / steps)
+    off, on = (float(np.median(times)) for times in spent)
+    return [batch, f"{off:.2f}", f"{on:.2f}", f"{100 * (on / off - 1):.1f}%"]
+
+
+@torch.inference_mode()
+def _draft_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tensor:
+    """The root of the accumulated variance that the draft gives each step."""
+    assert model.draft is not None
+    obs, scaling = model.scaling.obs(seen.before), model.scaling
+    came = torch.cat([torch.zeros_like(obs[:, :1]), obs.diff(dim=1)], 1) / scaling.step_std
+    _, log_var = model.draft(obs, scaling.action(seen.actions), came)
+    return (scaling.step_std.square() * log_var.exp()).mean(-1).cumsum(1).sqrt()
+
+
+@torch.inference_mode()
+def _sampled_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tensor:
+    state, dreams = windows.begin(model), []
+    for i in range(SAMPLED):
+        own = state.replace(seed=torch.arange(len(windows.at)) * SAMPLED + i)
+        dreams.append(windows.dream(model, state=own, sampled=True, flow_steps=4).obs)
+    return (torch.stack(dreams).std(0) / model.scaling.obs_std).square().mean(-1).sqrt()  # type: ignore[arg-type]
+
+
+def _some(windows: Windows, first: int, count: int) -> Windows:
+    return replace(windows, at=windows.at[first:][:count], seen=windows.seen[first:][:count])
