@@ -21,6 +21,7 @@ from kairos_gym.collect import collect
 from kairos_gym.demo import show
 from kairos_gym.open_loop import score
 from kairos_gym.plan import plan, play, play_random
+from kairos_gym.policies import learned, scripted
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
 from world_model.model import WorldModel
@@ -41,7 +42,7 @@ def test_help_names_every_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kairos_gym.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("collect", "train", "score", "plan", "demo", "info"):
+    for command in ("collect", "train", "score", "calibrate", "compare", "plan", "demo", "info"):
         assert command in done.stdout
 
 
@@ -85,7 +86,7 @@ def test_collecting_what_another_process_collects_is_one_line(
         assert "another process" in mistake(capsys, "collect", "Pendulum-v1", "busy-v0", "--episodes", "1")
 
 
-def test_record_train_compare_plan(
+def test_record_train_score_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
@@ -248,3 +249,36 @@ def test_tables_escape_and_align(tmp_path: Path) -> None:
     page = Report("x & y", "make it").text("1 < 2").table(columns, rows).write(tmp_path / "page.html").read_text()
     assert "x &amp; y" in page and "1 &lt; 2" in page and "<td>a&lt;b</td><td>0.1235</td>" in page
     assert as_text(columns, rows).splitlines() == ["name   value", "------------", "a<b   0.1235", "c         12"]
+
+
+def test_calibrate_and_compare(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    space = gym.make("Pendulum-v1").action_space
+    few = scripted(space) + learned("Pendulum-v1", tmp_path / "policies", steps=64, progress=False)
+    monkeypatch.setattr("kairos_gym.policies.ladder", lambda env_id, **_: few)
+    main(["collect", "Pendulum-v1", "kairos/train-v0", "--episodes", "6", "--episode-steps", "40"])
+    main(["collect", "Pendulum-v1", "kairos/more-v0", "--episodes", "40", "--episode-steps", "30", "--seed", "1"])
+    main(["train", "kairos/train-v0", "model", "--draft-steps", "20", "--steps", "4", "--held-out", "2"])
+    capsys.readouterr()
+    assert load("model").trust is None, "two episodes are too few"
+    assert "too few to calibrate" in mistake(capsys, "calibrate", "model", "kairos/train-v0")
+    main(["calibrate", "model", "kairos/more-v0"])
+    assert "Calibrated on 26 dreams of 1 steps" in capsys.readouterr().out
+    assert load("model").card["trust"]["calibrated_on"] == "kairos/more-v0"
+    assert "not a folder" in mistake(capsys, "calibrate", "pendulum", "kairos/more-v0")
+    assert "was recorded in Pendulum-v1" in mistake(capsys, "calibrate", "reacher", "kairos/more-v0")
+    quick = ("--episodes", "2", "--horizon", "8", "--context", "2", "--episode-steps", "12", "--no-references")
+    own = f"sac:{tmp_path / 'policies' / 'sac-0-16.zip'}"
+    main(["compare", "--model", "model", *quick, "--policies", own])
+    said = capsys.readouterr().out
+    assert "over 11 policies" in said and "The report: " in said
+    folder = tmp_path / "reports" / "model-Pendulum-v1"
+    numbers = json.loads((folder / "comparison.json").read_text())
+    assert numbers["settings"]["time_limit"] == 12 and "sac-0-16" in numbers["policies"]
+    assert set(numbers["trust"]) == {"all", *numbers["policies"]}
+    assert "no function" in mistake(capsys, "compare", "--model", "model", "--success", "os:nothing")
+    assert "algorithm:path" in mistake(capsys, "compare", "--model", "model", "--policies", "x.zip")
+    assert "is it its simulator" in mistake(capsys, "compare", "--model", "model", "--env", "Reacher-v5", *quick)

@@ -108,9 +108,8 @@ def fit_trust(
     error: [W,H], NaN where the real episode had ended; seen: int64 [W], real frames before. Windows of one episode
     must stand together: the first third teaches.
     """
-    cut, inputs = len(error) // 3, torch.cat([before, actions], -1).flatten(0, 1)
-    inputs = inputs[inputs.isfinite().all(-1)]
-    mean, std = inputs.mean(0), inputs.std(0)
+    cut, inputs = len(error) // 3, torch.cat([before[:, 0], actions[:, 0]], -1)
+    mean, std = inputs.mean(0), inputs.std(0)  # of real frames: dreams may have gone anywhere
     unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)  # what never moves says nothing
     generator = torch.Generator().manual_seed(seed)
     trust = _untaught(fingerprint, len(mean), error, generator)
