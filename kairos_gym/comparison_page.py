@@ -32,15 +32,17 @@ SIZE = 200  # pixels of a drawn frame's longer side
 
 
 def write(comparison: Comparison, folder: str | Path, command: str) -> Path:
-    """Write index.html, comparison.json and TensorBoard logs into ``folder`` -> the page's absolute path.
+    """Write the page (index.html), its figures as SVG, comparison.json and TensorBoard logs into ``folder``.
 
-    command: what makes the report again; it stands at the page's foot.
+    command: what makes the report again; it stands at the page's foot. Returns the page's absolute path.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = comparison.numbers()
     (folder / "comparison.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     comparison.log(folder / "logs")
+    for draw in (draw_error, draw_dimensions, draw_drift, draw_returns):
+        draw(comparison).savefig(folder / f"{draw.__name__.removeprefix('draw_')}.svg", metadata={"Date": None})
     return page(comparison, numbers, command).write(folder / "index.html")
 
 

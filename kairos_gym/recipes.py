@@ -46,8 +46,8 @@ class Recipe:
 # 64 steps a little and leaves the others' nearly alone. Reacher's elbow can be pushed past pi,
 # where its sine and cosine are those of the other end of its range and one frame can't tell which way it will be thrown
 # back: two frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls
-# within ten steps, so InvertedPendulum's data are the ladder's: some of its policies balance. Few of its dreams live for
-# 64 steps, so more are needed to calibrate on.
+# within ten steps, so InvertedPendulum's data are the ladder's: some of its policies balance. Few of its dreams live
+# for 64 steps, so more are needed to calibrate on.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
