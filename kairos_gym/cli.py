@@ -205,7 +205,7 @@ def compare(
 ) -> None:
     """Hold a dream against its simulator and write a report page (kairos_gym.compare.compare).
 
-    Ten policies of different skill play in both; some are trained first, where they haven't been (a few minutes).
+    Ten policies of different skill play in both; some are trained first, where they haven't been (some minutes).
 
     Args:
         model: a shipped model's name, a folder or a hub id

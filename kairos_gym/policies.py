@@ -163,7 +163,7 @@ def fingerprint(env_id: str, policies: Sequence[Policy]) -> str:
 
 
 def _train(env: Any, algorithm: str, seed: int, stages: list[int], files: list[Path]) -> None:
-    """Small networks and few updates: about 100 CPU-seconds for 12,000 steps."""
+    """Small networks, one update a step: three to five CPU-minutes for 12,000 steps."""
     sb3 = _sb3()
     kind = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
     with torch.random.fork_rng(devices=[]):

@@ -58,7 +58,7 @@ RECIPES = {
             FitConfig(draft_steps=5200, steps=250),
             SMALL,
             "ladder",
-            (4000, 3000),
+            (2500, 2000),
         ),
         Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6100, steps=180), SMALL),
         Recipe("reacher", "Reacher-v5", FitConfig(draft_steps=5200, steps=250, lr=3e-3), {**SMALL, "draft_frames": 2}),
