@@ -185,8 +185,8 @@ def calibrate(model: Model, dataset_id: Dataset, out: Path | None = None, seed: 
     """
     from kairos_gym.calibrate import calibrate
 
-    told = calibrate(model, dataset_id, out, seed=seed).card["trust"]
-    print("Calibrated on", ", ".join(f"{n} dreams of {h[1:]} steps" for h, n in told["dreams"].items()))
+    told = calibrate(model, dataset_id, out, seed=seed).card["trust"]["dreams"]
+    print("Calibrated on", ", ".join(f"{n} dreams of {h[1:]} step{'s' * (h != 'h1')}" for h, n in told.items() if n))
 
 
 def compare(

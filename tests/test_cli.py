@@ -266,7 +266,7 @@ def test_calibrate_and_compare(
     assert load("model").trust is None, "two episodes are too few"
     assert "too few to calibrate" in mistake(capsys, "calibrate", "model", "kairos/train-v0")
     main(["calibrate", "model", "kairos/more-v0"])
-    assert "Calibrated on 26 dreams of 1 steps" in capsys.readouterr().out
+    assert "Calibrated on 27 dreams of 1 step, 23 dreams of 8 steps\n" in capsys.readouterr().out
     assert load("model").card["trust"]["calibrated_on"] == "kairos/more-v0"
     assert "not a folder" in mistake(capsys, "calibrate", "pendulum", "kairos/more-v0")
     assert "was recorded in Pendulum-v1" in mistake(capsys, "calibrate", "reacher", "kairos/more-v0")

@@ -205,7 +205,7 @@ def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
         ({"episodes": -1}, "episodes must be at least 1"),
         ({"steps": 1, "episode_steps": 0}, "episode_steps must be at least 1"),
         ({"steps": 1, "seed": -1}, "seed must be 0 or more"),
-        ({"steps": 1, "behaviour": "wild"}, "'uniform', 'held' or 'mixed'"),
+        ({"steps": 1, "behaviour": "wild"}, "'uniform', 'held', 'mixed', 'ladder'"),
         ({"steps": 1, "behaviour": "held", "policy": Interrupted(0)}, "leave out behaviour"),
         ({"steps": 1, "dataset_id": "no version"}, "'name-v0'"),
         ({"steps": 1, "dataset_id": "no-version"}, "'name-v0'"),

@@ -61,7 +61,7 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
     """On fresh episodes: a tenth of the error of a model that says nothing moves, after 1 and after 8 steps."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     model = kairos_gym.load(name)
-    dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episodes=20, episode_steps=40, progress=False)
+    dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episodes=60, episode_steps=40, progress=False)
     episodes = Episodes.from_minari(dataset)
     windows, std = replace(draw(episodes, seed=0), horizon=8), model.scaling.obs_std
     dreamed = windows.against(windows.dream(model), std)
