@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from kairos_gym.compare import MODEL, SHOWN, SHUFFLED, Comparison, off
+from kairos_gym.comparison import MODEL, SHOWN, SHUFFLED, Comparison, off, steps_of
+from kairos_gym.comparison_figures import (
+    draw_dimensions,
+    draw_drift,
+    draw_error,
+    draw_memory,
+    draw_returns,
+    draw_trust,
+    two,
+)
 from kairos_gym.report import Cell, Report
-from kairos_gym.rollouts import Result
 from world_model.vectors import unflatten
 
-COLOURS = {
-    MODEL: "#2563a8",
-    SHUFFLED: "#9d6bb8",
-    "nothing moves": "#a3adba",
-    "linear": "#b98a1e",
-    "PETS ensemble": "#c2410c",
-}
-INK, PALE = "#1c2430", "#b9c2ce"
 SIZE = 200  # pixels of a drawn frame's longer side
 
 
@@ -70,7 +68,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     )
     hs = [str(h) for h in comparison.horizons]
     report.table(
-        ["RMS (median) after", *[_steps(h) for h in hs], "steps within 0.1", "within 0.3"],
+        ["RMS (median) after", *[steps_of(h) for h in hs], "steps within 0.1", "within 0.3"],
         [
             [name, *[_both(by[h]) for h in hs], *numbers["steps_within"][name].values()]
             for name, by in numbers["error_by_horizon"].items()
@@ -80,19 +78,19 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     if any(x is not None for x in numbers["equivalent_perturbation"].values()):
         report.text(
             "The model's equivalent perturbation, the start off by which the simulator is as wrong in the median: "
-            + ", ".join(f"{_number(numbers['equivalent_perturbation'][h])} std after {_steps(h)}" for h in hs)
+            + ", ".join(f"{_number(numbers['equivalent_perturbation'][h])} std after {steps_of(h)}" for h in hs)
             + "."
         )
 
     report.heading("For which policies")
     report.table(
-        ["policy: RMS (median) after", *[_steps(h) for h in hs], "stretches"],
+        ["policy: RMS (median) after", *[steps_of(h) for h in hs], "stretches"],
         [[name, *[_both(by[h]) for h in hs], by[hs[0]]["n"]] for name, by in numbers["error_by_policy"].items()],
     )
     report.heading("Where it lies")
     report.figure(
         draw_dimensions(comparison),
-        f"RMS error of each dimension after {' and '.join(_steps(str(h)) for h in _two(comparison))}.",
+        f"RMS error of each dimension after {' and '.join(steps_of(h) for h in two(comparison))}.",
     )
     report.figure(
         draw_drift(comparison),
@@ -154,7 +152,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
 
     report.heading("Rewards and ends")
     report.table(
-        ["reward error (RMS over its std) after", *[_steps(h) for h in hs]],
+        ["reward error (RMS over its std) after", *[steps_of(h) for h in hs]],
         [
             [name, *[_number(by[h]) for h in hs]]
             for name, by in numbers["reward_error"].items()
@@ -210,7 +208,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
             ],
         ],
     )
-    told = ", ".join(f"{size:,} bytes after {_steps(t)}" for t, size in numbers["state_bytes"].items())
+    told = ", ".join(f"{size:,} bytes after {steps_of(t)}" for t, size in numbers["state_bytes"].items())
     report.text(f"What one dream remembers: {told}.")
     report.heading("What was compared")
     fitted = settings["references_fitted_on"]
@@ -218,11 +216,14 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         "No references were fitted."
         if fitted is None
         else f"References were fitted on {fitted}, the model's own training data; none of the evaluation is in it."
+        if settings["references_had_the_same_data"]
+        else f"References were fitted on {fitted}, recorded again as the model's own training data were, by policies "
+        "that this machine trained; none of the evaluation is in it."
     )
     report.text(
         f"Starts of seeds {settings['seeds'][0]} to {settings['seeds'][1]}, of which "
         f"{settings['starts_refused_as_solved']} were refused since they began solved. {sources} The model dreams "
-        f"{_steps(str(settings['chunk']))} at a time. comparison.json beside this page has every number, logs/ the "
+        f"{steps_of(settings['chunk'])} at a time. comparison.json beside this page has every number, logs/ the "
         "TensorBoard scalars."
     )
     return report
@@ -241,7 +242,7 @@ def _believes(report: Report, comparison: Comparison, numbers: dict[str, Any]) -
     )
     hs = list(told["all"])
     report.table(
-        ["coverage (median bound) after", *[_steps(h[1:]) for h in hs]],
+        ["coverage (median bound) after", *[steps_of(h[1:]) for h in hs]],
         [
             [name, *[f"{100 * by[h]['coverage']:.0f}% ({_number(by[h]['median'])})" if h in by else "-" for h in hs]]
             for name, by in told.items()
@@ -251,42 +252,6 @@ def _believes(report: Report, comparison: Comparison, numbers: dict[str, Any]) -
         draw_trust(comparison),
         "Error of each stretch (dots) and its bound, after the longest horizon: below the line the bound held.",
     )
-
-
-def draw_trust(comparison: Comparison) -> Figure:
-    trust, dreams = comparison.trust, comparison.doubted
-    assert trust is not None
-    h = min(comparison.windows.horizon, trust.horizon)
-    error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9)[:, h - 1]
-    good = error.isfinite() & bound.isfinite()
-    y, x = (part[good].clamp_min(1e-6).numpy() for part in (error, bound))
-    figure, axes = _axes((6.4, 3.8))
-    held = y <= x
-    axes.scatter(x[held], y[held], s=9, color=COLOURS[MODEL], linewidth=0, alpha=0.7)
-    axes.scatter(x[~held], y[~held], s=12, color="#c2410c", linewidth=0)
-    ends = [min(y.min(), x.min()), max(y.max(), x.max())] if len(y) else [1e-3, 1]
-    axes.plot(ends, ends, color=PALE, linewidth=1, zorder=1)
-    axes.set(xscale="log", yscale="log", xlabel=f"bound after {_steps(str(h))}", ylabel="error")
-    return figure
-
-
-def draw_memory(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 2.8))
-    colours = ["#2563a8", "#c2410c", "#4d8b57", "#9d6bb8"]
-    heads = [(layer, drift, h) for layer, drift in comparison.memory.items() for h in range(drift.error.shape[1])]
-    for i, (layer, drift, h) in enumerate(heads):
-        for values, style in ((drift.error, "-"), (drift.running, "--"), (drift.closed, ":")):
-            median = (values / drift.size)[:, h].median(0).values.numpy()
-            axes.plot(
-                median,
-                color=colours[i % 4],
-                linestyle=style,
-                linewidth=1.6 if style == "-" else 1.1,
-                label=f"layer {layer}, head {h}" if style == "-" else None,
-            )
-    axes.set(yscale="log", xlabel="steps dreamed without looking", ylabel="memory error", xlim=(1, None))
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def in_short(numbers: dict[str, Any]) -> list[str]:
@@ -305,14 +270,14 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
         ratio = shuffled / max(mine, 1e-9)
         verdict = "The dream follows the actions" if ratio > 2 else "The dream hardly listens to the actions: be warned"
         yes.append(
-            f"{verdict}: with other stretches' actions its median error after {_steps(h)} is {_times(ratio)} times as "
-            "large."
+            f"{verdict}: with other stretches' actions its median error after {steps_of(h)} is {_times(ratio)} times "
+            "as large."
         )
     by = {name: row[h]["median"] for name, row in numbers["error_by_policy"].items() if row[h]["median"] is not None}
     if by:
         worst, best = max(by, key=by.__getitem__), min(by, key=by.__getitem__)
         yes.append(
-            f"For which policies: after {_steps(h)} it is best on “{best}” ({by[best]:.2g}) and worst on “{worst}” "
+            f"For which policies: after {steps_of(h)} it is best on “{best}” ({by[best]:.2g}) and worst on “{worst}” "
             f"({by[worst]:.2g})."
         )
     yes.append(
@@ -323,93 +288,12 @@ def in_short(numbers: dict[str, Any]) -> list[str]:
     )
     if numbers["trust"] is not None:
         told = numbers["trust"]["all"]
-        held = ", ".join(f"{100 * by['coverage']:.0f}% after {_steps(h[1:])}" for h, by in told.items())
+        held = ", ".join(f"{100 * by['coverage']:.0f}% after {steps_of(h[1:])}" for h, by in told.items())
         yes.append(f"It knows its own error: the bound of 90% held in {held}.")
     lost = sum(row[MODEL]["lost"] for row in numbers["policies"].values())
     if lost:
         yes.append(f"{lost} dreams turned non-finite.")
     return yes
-
-
-def draw_error(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 3.6))
-    steps = np.arange(1, comparison.windows.horizon + 1)
-    for name, error in comparison.errors.items():
-        if name.startswith("simulator") and name not in map(off, SHOWN):
-            continue
-        per = error.obs_error.square().mean(-1).sqrt().numpy()  # [W,h]
-        median = np.nanmedian(np.where(np.isfinite(per) | np.isnan(per), per, 1e9), 0)
-        if name == MODEL:
-            low, high = np.nanpercentile(np.where(np.isinf(per), 1e9, per), [10, 90], axis=0)
-            axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.14, linewidth=0)
-        chaos = name.startswith("simulator")
-        axes.plot(
-            steps,
-            np.maximum(median, 1e-12),
-            color=INK if chaos else COLOURS[name],
-            linewidth=2.2 if name == MODEL else 1.2,
-            linestyle={off(SHOWN[0]): ":", off(SHOWN[-1]): "--"}.get(name, "-"),
-            label=name,
-            zorder=3 if name == MODEL else 2,
-        )
-    smallest = min(line.get_ydata().min() for line in axes.lines)  # type: ignore[union-attr]
-    axes.set(yscale="log", ylim=(max(smallest / 2, 1e-6), 10), xlim=(1, steps[-1]))
-    axes.set(xlabel="steps dreamed without looking", ylabel="normalised error")
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-    return figure
-
-
-def draw_dimensions(comparison: Comparison) -> Figure:
-    errors = comparison.errors[MODEL].obs_error
-    figure, axes = _axes((6.4, 0.9 + 0.17 * errors.shape[-1]))
-    for i, h in enumerate(_two(comparison)):
-        rms = errors[:, h - 1].square().nanmean(0).sqrt().clamp_max(1e3).numpy()
-        at = np.arange(len(rms)) + (i - 0.5) * 0.36
-        axes.barh(at, rms, 0.34, color=(COLOURS[MODEL], "#9bbbe0")[i], label=f"after {_steps(str(h))}")
-    axes.set_yticks(range(errors.shape[-1]))
-    axes.set_ylabel("dimension")
-    axes.invert_yaxis()
-    axes.set_xlabel("RMS error over the dimension's std")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    return figure
-
-
-def draw_drift(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 2.4))
-    drift = comparison.drift(comparison.dreamed).mean(-1).clamp_max(1e3).numpy()
-    axes.plot(np.arange(1, len(drift) + 1), drift, color=COLOURS[MODEL], linewidth=2)
-    axes.set(xlabel="steps dreamed without looking", ylabel="distance (std)", xlim=(1, len(drift)), ylim=(0, None))
-    return figure
-
-
-def draw_returns(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 4.4))
-    x, y = (_means(r) for r in (comparison.rollouts.result, comparison.results[MODEL]))
-    low, high = (f(np.concatenate([x[:, 0], y[:, 0]])) for f in (min, max))
-    room = 0.08 * (high - low) + 1e-9
-    axes.plot([low - room, high + room], [low - room, high + room], color=PALE, linewidth=1, zorder=1)
-    axes.errorbar(
-        x[:, 0],
-        y[:, 0],
-        xerr=np.abs(x[:, 1:] - x[:, :1]).T,
-        yerr=np.abs(y[:, 1:] - y[:, :1]).T,
-        fmt="o",
-        color=COLOURS[MODEL],
-        ecolor="#9bbbe0",
-        markersize=5,
-        linewidth=1.2,
-    )
-    for i, (a, b) in enumerate(zip(x[:, 0], y[:, 0], strict=True), 1):
-        axes.annotate(str(i), (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=INK)
-    axes.set(xlabel="simulated return", ylabel="imagined return")
-    return figure
-
-
-def _means(result: Result) -> NDArray[np.float64]:
-    """Mean return of each policy and the ends of its 95% interval over starts (bootstrap) -> [P,3]."""
-    returns = result.returns
-    drawn = returns[:, np.random.default_rng(0).integers(returns.shape[1], size=(2000, returns.shape[1]))].mean(-1)
-    return np.stack([returns.mean(1), *np.percentile(drawn, [2.5, 97.5], axis=1)], 1)
 
 
 def _looks(report: Report, comparison: Comparison) -> None:
@@ -488,23 +372,6 @@ def _stretches(comparison: Comparison) -> list[int]:
     return shown
 
 
-def _two(comparison: Comparison) -> list[int]:
-    """A short and the longest horizon."""
-    longest = comparison.windows.horizon
-    return [min(8, longest), longest] if longest > 8 else [longest]
-
-
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
-    axes.tick_params(labelsize=8.5, length=3, color="#8a94a3")
-    return figure, axes
-
-
 def _both(row: dict[str, Any]) -> Cell:
     return "-" if row["rms"] is None and row["median"] is None else f"{_number(row['rms'])} ({_number(row['median'])})"
 
@@ -519,13 +386,9 @@ def _times(x: float) -> str:
 
 def _correlation(told: list[float | None]) -> str:
     estimate, low, high = ("-" if x is None else f"{x:.2f}" for x in told)
-    return f"{estimate} ({low} to {high})"
+    return estimate if estimate == "-" else f"{estimate} ({low} to {high})"
 
 
 def _interval(told: list[float | None]) -> str:
     estimate, low, high = told
     return f"{_number(estimate)} ({_number(low)} to {_number(high)})"
-
-
-def _steps(h: str) -> str:
-    return f"{h} step{'' if h == '1' else 's'}"

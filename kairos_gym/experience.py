@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from kairos_gym.collect import collect, recorded
+from kairos_gym.collect import Behaviour, collect, recorded
 from world_model.episodes import Episodes
+
+RECIPE = ("env_id", "seed", "steps", "episodes", "episode_steps", "behaviour")  # what two recordings may share
 
 
 @dataclass(frozen=True)
 class Experience:
-    """The episodes of a training, and the dataset's name."""
+    """The episodes of a training, the dataset's name, and whether they are the very same to the last bit.
+
+    They may not be where trained policies played: on another processor these train a little differently.
+    """
 
     name: str
     episodes: Episodes
+    same: bool
 
 
 def experience(card: dict[str, Any]) -> Experience:
     """The training data that a model's ``card`` names; recorded again where they are gone and it says how.
+
+    Of data that trained policies played ("ladder"), those of the same recipe will do.
 
     Raises ValueError where the card doesn't say, or where the dataset of that name holds other episodes;
     FileNotFoundError where there is none and it can't be recorded again.
@@ -34,7 +42,7 @@ def experience(card: dict[str, Any]) -> Experience:
         dataset = recorded(name)
     except FileNotFoundError:
         amount = {unit: data[unit] for unit in ("steps", "episodes") if unit in data}
-        if data.get("behaviour") not in ("uniform", "held", "mixed", "ladder") or len(amount) != 1:
+        if data.get("behaviour") not in get_args(Behaviour) or len(amount) != 1:
             raise
         dataset = collect(
             data["env_id"],
@@ -45,9 +53,12 @@ def experience(card: dict[str, Any]) -> Experience:
             **amount,
         )
     episodes = Episodes.from_minari(dataset, range(dataset.total_episodes - data["held_out"]))
-    if episodes.fingerprint() != data.get("fingerprint", episodes.fingerprint()):
+    same = episodes.fingerprint() == data.get("fingerprint", episodes.fingerprint())
+    found = dataset.storage.metadata.get("recipe")
+    alike = isinstance(found, dict) and all(found.get(key) == data.get(key) for key in RECIPE)
+    if not same and not (alike and data.get("behaviour") == "ladder"):
         raise ValueError(
             f"the dataset {name} here holds other episodes than the model was trained on: set MINARI_DATASETS_PATH to "
             "the folder that has the right ones, or go without references (references=False, --no-references)"
         )
-    return Experience(name, episodes)
+    return Experience(name, episodes, same)

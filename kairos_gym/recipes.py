@@ -26,7 +26,6 @@ from world_model.model import WorldModel
 SPLITS = {"train": (0, 250), "validation": (1, 64), "test": (2, 64)}  # seed, episodes
 # How wrong a dream may be is asked of every kind of policy, so these are played by the ladder of ten.
 CALIBRATION = {"calibration": 3, "second": 4}  # seed
-EPISODE_STEPS = 200  # longer than Reacher's own 50, so that 64 steps can be dreamed and compared
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Recipe:
     train: FitConfig = field(default_factory=FitConfig)
     model: dict[str, object] = field(default_factory=dict)  # what differs from WorldModelConfig's defaults
     behaviour: Behaviour = "mixed"  # that of SPLITS
+    episode_steps: int = 200  # longer than Reacher's own 50, so that 64 steps can be dreamed and compared
     calibration: tuple[int, int] = (1500, 1000)  # episodes of CALIBRATION
 
 
@@ -46,8 +46,9 @@ class Recipe:
 # 64 steps a little and leaves the others' nearly alone. Reacher's elbow can be pushed past pi,
 # where its sine and cosine are those of the other end of its range and one frame can't tell which way it will be thrown
 # back: two frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls
-# within ten steps, so InvertedPendulum's data are the ladder's: some of its policies balance. Few of its dreams live
-# for 64 steps, so more are needed to calibrate on.
+# within ten steps, so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of
+# the rail in several hundred steps, so episodes have their full length. Few of its dreams live for 64 steps, so more
+# are needed to calibrate on.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
@@ -58,7 +59,8 @@ RECIPES = {
             FitConfig(draft_steps=5200, steps=250),
             SMALL,
             "ladder",
-            (2500, 2000),
+            episode_steps=1000,
+            calibration=(2500, 2000),
         ),
         Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6100, steps=180), SMALL),
         Recipe("reacher", "Reacher-v5", FitConfig(draft_steps=5200, steps=250, lr=3e-3), {**SMALL, "draft_frames": 2}),
@@ -97,7 +99,7 @@ def _split(recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Beha
             f"{recipe.name}/{split}-v0",
             seed=seed,
             episodes=episodes,
-            episode_steps=EPISODE_STEPS,
+            episode_steps=recipe.episode_steps,
             behaviour=behaviour,
         )
     )
@@ -143,7 +145,7 @@ def build(name: str, out: Path) -> WorldModel:
             "env_id": recipe.env,
             "seed": seed,
             "episodes": episodes,
-            "episode_steps": EPISODE_STEPS,
+            "episode_steps": recipe.episode_steps,
             "behaviour": recipe.behaviour,
             "fingerprint": task.train.fingerprint(),
         },
@@ -173,7 +175,7 @@ def build(name: str, out: Path) -> WorldModel:
 def collect_command(recipe: Recipe, split: str, seed: int, episodes: int, behaviour: str) -> str:
     return (
         f"kairos collect {recipe.env} {recipe.name}/{split}-v0 --seed {seed} --episodes {episodes} "
-        f"--episode-steps {EPISODE_STEPS} --behaviour {behaviour}"
+        f"--episode-steps {recipe.episode_steps} --behaviour {behaviour}"
     )
 
 

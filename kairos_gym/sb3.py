@@ -18,13 +18,16 @@ try:
 except ImportError as error:
     raise ImportError("DreamVecEnv needs Stable-Baselines3: pip install 'kairos_gym[sb3]'") from error
 
+TRUST = ("error_bound", "confidence", "steps")  # see ``DreamEnv.step``
+
 
 class DreamVecEnv(VecEnv):
     """``num_envs`` dreams of ``model`` for Stable-Baselines3; a dream that ends begins again in the same step.
 
     Takes all arguments of ``DreamVectorEnv`` but the autoreset mode. An ended dream's info has "terminal_observation";
-    every info has "TimeLimit.truncated", and "non_finite" where the dream was lost. ``get_attr``, ``set_attr`` and
-    ``env_method`` reach each dream as a ``DreamEnv``. What was imagined inside the chunks is in ``venv.dreams``.
+    every info has "TimeLimit.truncated", "trust" where it was asked for, and "non_finite" where the dream was lost.
+    ``get_attr``, ``set_attr`` and ``env_method`` reach each dream as a ``DreamEnv``. What was imagined inside the
+    chunks is in ``venv.dreams``.
     """
 
     def __init__(self, model: str | Path | Dynamics, num_envs: int = 1, **kwargs: Any):
@@ -57,6 +60,12 @@ class DreamVecEnv(VecEnv):
                 infos[b]["TimeLimit.truncated"] = bool(truncated[b] and not terminated[b])
                 if lost[b]:
                     infos[b]["non_finite"] = True
+        if "trust" in about:
+            told = about["trust"]
+            if done.any():  # of an ended dream what it ended with, not what its next episode begins with
+                told = {key: np.where(done, about["final_info"]["trust"][key], told[key]) for key in TRUST}
+            for info, *values in zip(infos, *(told[key].tolist() for key in TRUST), strict=True):
+                info["trust"] = dict(zip(TRUST, values, strict=True))
         return obs, rewards.astype(np.float32), done, infos
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from envs import SimulatorDynamics
 from kairos_gym import comparison_page
 from kairos_gym.collect import collect
-from kairos_gym.compare import MODEL, SHUFFLED, Comparison, compare
+from kairos_gym.compare import compare
+from kairos_gym.comparison import MODEL, SHUFFLED, Comparison
 from kairos_gym.experience import experience
 from kairos_gym.policies import Policy, scripted
 from kairos_gym.rollouts import play_real
@@ -193,8 +194,14 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
         again = experience(card)
-        assert again.episodes.fingerprint() == card["data"]["fingerprint"]
+        assert again.same and again.episodes.fingerprint() == card["data"]["fingerprint"]
         card["data"]["fingerprint"] = "another"
+        with pytest.raises(ValueError, match="holds other episodes"):
+            experience(card)
+        patch.setattr("kairos_gym.collect.ladder", lambda env_id, progress: policies(env_id))
+        card["data"] |= {"behaviour": "ladder", "dataset": "pp/ladder-v0"}
+        assert not experience(card).same, "trained policies are others on another machine, the recipe is the same"
+        card["data"]["seed"] += 1
         with pytest.raises(ValueError, match="holds other episodes"):
             experience(card)
         with pytest.raises(FileNotFoundError, match="no dataset theirs/x-v0"):

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import dreamer
 from torch import Tensor
 
 from kairos_gym.calibrate import coverage, doubted, draw, trust_in
 from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dream_vector_env import DreamVectorEnv
+from kairos_gym.sb3 import DreamVecEnv
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
 from world_model.trust import LEVELS, Trust, conformal, fit_trust
@@ -212,6 +214,25 @@ def test_a_vector_of_dreams_tells_what_each_tells(calibrated: WorldModel, mode: 
                 assert a.dtype == b.dtype and np.allclose(a, b, rtol=1e-3)
         if mode == "Disabled" and (done := ours[2] | ours[3]).any():
             envs.reset(options={"reset_mask": done}), singles.reset(options={"reset_mask": done})
+
+
+def test_stable_baselines_hears_of_it_too(calibrated: WorldModel) -> None:
+    about = dict(model=calibrated, max_error=0.4, max_episode_steps=30)
+    ours, theirs = DreamVecEnv(num_envs=4, **about), DummyVecEnv([lambda: DreamEnv(**about)] * 4)  # type: ignore[arg-type]
+    for env in (ours, theirs):
+        env.seed(5)
+        env.reset()
+    ours.action_space.seed(0)
+    ends = 0
+    for _ in range(50):
+        actions = np.stack([ours.action_space.sample() for _ in range(4)])
+        got, want = ours.step(actions), theirs.step(actions)
+        assert np.array_equal(got[2], want[2])
+        ends += got[2].sum()
+        for mine, other in zip(got[3], want[3], strict=True):
+            assert mine["trust"] == pytest.approx(other["trust"], rel=1e-3)
+            assert mine["TimeLimit.truncated"] == other["TimeLimit.truncated"]
+    assert ends > 4
 
 
 def test_it_is_a_valid_environment(calibrated: WorldModel) -> None:
