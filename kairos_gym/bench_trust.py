@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kairos_gym.calibrate import Doubted, doubted, draw
+from kairos_gym.comparison import steps_of
 from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.models import load
 from kairos_gym.open_loop import Windows
@@ -28,36 +29,41 @@ HORIZONS = (1, 8, 32, 64)
 def trust(task: str, dreams: int = 500) -> None:
     """Compare signals by the width of the 90% bound that each gives, and print what the chosen one costs an env.
 
-    Each signal's bound is calibrated on ``dreams`` dreams that the learned rule never saw, and measured on as many of a
-    second set. Cells: coverage, then mean and median width over that of a bound which knows the steps alone.
+    Each signal's bound is calibrated on ``dreams`` dreams that the learned rule never saw, and measured on as many
+    fresh ones: of the same policies, and of policies that it never saw. Cells: coverage, then mean and median width
+    over that of a bound which knows the steps alone.
     """
     model = load(task)
     learned = model.trust
     assert learned is not None, "shipped models are calibrated"
-    have = [draw(episodes, seed) for seed, episodes in enumerate(calibration(RECIPES[task]))]
-    calibrating, fresh = _some(have[0], len(have[0].at) - dreams, dreams), _some(have[1], 0, dreams)
-    both = [(windows, doubted(model, windows, model.scaling.obs_std)) for windows in (calibrating, fresh)]
+    sets = {name: draw(episodes, seed) for seed, (name, episodes) in enumerate(calibration(RECIPES[task]).items())}
+    half = len(sets["calibration"].at) // 2  # those before taught the rule
+    have = {name: _some(windows, half if name == "calibration" else 0, dreams) for name, windows in sets.items()}
+    seen_by = {name: (windows, doubted(model, windows, model.scaling.obs_std)) for name, windows in have.items()}
     signals: dict[str, Callable[[Windows, Doubted], Tensor]] = {
         "steps alone": lambda windows, seen: torch.ones_like(seen.error),
         "draft's variance": partial(_draft_spread, model),
         f"spread of {SAMPLED} sampled dreams": partial(_sampled_spread, model),
         "learned doubt": lambda windows, seen: seen.doubt(learned),
     }
-    plain: list[float] = []
-    rows: list[list[Any]] = []
-    for name, signal in signals.items():
-        (first, second), (told, asked) = (signal(*pair) for pair in both), (seen.error for _, seen in both)
-        bound = conformal(told / first.clamp_min(1e-9))[0][80] * second.clamp_min(1e-9)
-        cells = []
-        for h in HORIZONS:
-            lasts = ~asked[:, h - 1].isnan()
-            width, error = bound[lasts, h - 1], asked[lasts, h - 1]
-            cells.append((float((error <= width).float().mean()), float(width.mean()), float(width.median())))
-        plain = plain or [mean for _, mean, _ in cells]
-        shown = [f"{100 * c:.0f}% {m / p:.2f} {d / p:.2f}" for (c, m, d), p in zip(cells, plain, strict=True)]
-        rows.append([name, *shown])
     print(f"{task}: coverage, mean width, median width\n")
-    print(as_text(["signal", *[f"{h} step{'s' * (h > 1)}" for h in HORIZONS]], rows), end="\n\n")
+    for fresh, policies in (("second", "the same policies"), ("unseen", "other policies")):
+        plain: list[float] = []
+        rows: list[list[Any]] = []
+        for name, signal in signals.items():
+            (first, told), (second, asked) = (
+                (signal(windows, seen), seen.error) for windows, seen in (seen_by["calibration"], seen_by[fresh])
+            )
+            bound = conformal(told / first.clamp_min(1e-9))[0][80] * second.clamp_min(1e-9)
+            cells = []
+            for h in HORIZONS:
+                lasts = ~asked[:, h - 1].isnan()
+                width, error = bound[lasts, h - 1], asked[lasts, h - 1]
+                cells.append((float((error <= width).float().mean()), float(width.mean()), float(width.median())))
+            plain = plain or [mean for _, mean, _ in cells]
+            shown = [f"{100 * c:.0f}% {m / p:.2f} {d / p:.2f}" for (c, m, d), p in zip(cells, plain, strict=True)]
+            rows.append([name, *shown])
+        print(as_text([f"signal; {policies}", *map(steps_of, HORIZONS)], rows), end="\n\n")
     print(as_text(["dreams", "ms a step", "with confidence=0.9", "cost"], [_cost(model, b) for b in (1, 64, 1024)]))
 
 
@@ -100,4 +106,6 @@ def _sampled_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tenso
 
 
 def _some(windows: Windows, first: int, count: int) -> Windows:
-    return replace(windows, at=windows.at[first:][:count], seen=windows.seen[first:][:count])
+    """``count`` of those from ``first`` on, spread evenly, for the policies stand one after the other."""
+    rows = torch.linspace(first, len(windows.at) - 1, count).long()
+    return replace(windows, at=windows.at[rows], seen=windows.seen[rows])

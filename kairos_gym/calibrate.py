@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kairos_gym.collect import recorded
+from kairos_gym.experience import experience
 from kairos_gym.models import load
 from kairos_gym.open_loop import CONTEXT, Windows, expect_simulator, held_out
 from world_model.contract import Dynamics, Imagined
@@ -49,44 +50,59 @@ class Doubted:
         return trust.follow(begin, self.before, self.actions)
 
 
-def calibrate(model: str | Path, dataset_id: str, out: str | Path | None = None, *, seed: int = 0) -> WorldModel:
-    """Calibrate ``model`` on a Minari dataset -> the model with its ``trust``, saved in ``out`` or its own folder.
+def calibrate(
+    model: str | Path, dataset_ids: str | Sequence[str], out: str | Path | None = None, *, seed: int = 0
+) -> WorldModel:
+    """Calibrate ``model`` on Minari datasets -> the model with its ``trust``, saved in ``out`` or its own folder.
 
-    Only episodes that its training left out count. A third of them teaches the rule by which a dream's doubt grows, the
-    others say how large the errors are beside it (``world_model.trust``). Dreams begin anywhere, after 1 to 16 real
-    frames, and go on for up to 64 steps.
+    Only episodes that its training left out count. The first half of them teaches the rule by which a dream's doubt
+    grows, the second says how large the errors are beside it (``world_model.trust``): where other policies played
+    these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1 to 16 real frames, and
+    go on for up to 64 steps.
 
-    Raises ValueError where the dataset is another simulator's or holds too few such episodes, FileNotFoundError without
-    such a model or dataset.
+    Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or they hold too few
+    such episodes, FileNotFoundError without such a model or dataset, and what ``experience`` raises where the model's
+    training data can't be had.
     """
     world = load(model)
-    dataset = recorded(dataset_id)
-    expect_simulator(world, f"model {str(model)!r}", dataset)
-    left_out, total = held_out(world, dataset_id), dataset.total_episodes
-    fresh = range(0 if left_out is None else max(0, total - left_out), total)
-    if not fresh:
-        raise ValueError(f"training used all of {dataset_id}: record another dataset")
-    trust_in(world, Episodes.from_minari(dataset, fresh), dataset_id, seed=seed)
     if out is None and not Path(model).is_dir():
         raise ValueError(f"say where to save it (out, --out): model {str(model)!r} is not a folder")
+    parts, names = [], [dataset_ids] if isinstance(dataset_ids, str) else list(dataset_ids)
+    for name in names:
+        dataset = recorded(name)
+        expect_simulator(world, f"model {str(model)!r}", dataset)
+        left_out, total = held_out(world, name), dataset.total_episodes
+        fresh = range(0 if left_out is None else max(0, total - left_out), total)
+        if not fresh:
+            raise ValueError(f"training used all of {name}: record another dataset")
+        parts.append(Episodes.from_minari(dataset, fresh))
+    trust_in(world, experience(world.card).episodes, Episodes.join(parts), names, seed=seed)
     world.save_pretrained(Path(model) if out is None else out)
     return world
 
 
-def trust_in(world: WorldModel, episodes: Episodes, name: str, *, seed: int = 0) -> None:
-    """Calibrate ``world`` in place on ``episodes``, which it never saw; ``name`` them on its card.
+def trust_in(
+    world: WorldModel, trained_on: Episodes, episodes: Episodes, names: Sequence[str], *, seed: int = 0
+) -> None:
+    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, of the datasets ``names``.
 
     Raises ValueError where they give too few dreams.
     """
     windows = draw(episodes, seed)
     if len(windows.at) < LEAST:
-        raise ValueError(f"{len(windows.at)} dreams of {name} are too few to calibrate on, {LEAST} are needed")
+        raise ValueError(
+            f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
+        )
     dreams = doubted(world, windows, world.scaling.obs_std)
-    world.trust = fit_trust(world.fingerprint(), dreams.before, dreams.actions, dreams.error, dreams.seen, seed=seed)
+    at = (trained_on.index > 0).nonzero()[:, 0]
+    known = torch.cat([trained_on.obs[at - 1], trained_on.action[at]], 1)
+    world.trust = fit_trust(
+        world.fingerprint(), known, dreams.before, dreams.actions, dreams.error, dreams.seen, seed=seed
+    )
     counts = world.trust.counts
     world.card = {
         **world.card,
-        "trust": {"calibrated_on": name, "dreams": {f"h{h}": int(counts[h - 1]) for h in (1, 8, 32, 64)}},
+        "trust": {"calibrated_on": list(names), "dreams": {f"h{h}": int(counts[h - 1]) for h in (1, 8, 32, 64)}},
     }
 
 

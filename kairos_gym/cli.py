@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
 Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
+Datasets = Positional[Annotated[tuple[str, ...], arg(metavar="DATASET [DATASET ...]")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
 Behaviour = Literal["uniform", "held", "mixed", "ladder"]
@@ -28,6 +29,7 @@ def collect(
     episodes: int | None = None,
     episode_steps: int | None = None,
     behaviour: Behaviour = "mixed",
+    policy_seed: int = 0,
 ) -> None:
     """Record experience of a real simulator as a Minari dataset (kairos_gym.collect.collect).
 
@@ -42,11 +44,19 @@ def collect(
         episode_steps: the time limit of an episode, instead of the simulator's own
         behaviour: independent actions, actions held for 1 to 8 steps, the two by turns, or ten policies by turns, from
             doing nothing to trained ones (which are trained first where they haven't been, a few minutes)
+        policy_seed: of the training of those policies
     """
     from kairos_gym.collect import collect
 
     dataset = collect(
-        env_id, dataset_id, seed=seed, steps=steps, episodes=episodes, episode_steps=episode_steps, behaviour=behaviour
+        env_id,
+        dataset_id,
+        seed=seed,
+        steps=steps,
+        episodes=episodes,
+        episode_steps=episode_steps,
+        behaviour=behaviour,
+        policy_seed=policy_seed,
     )
     print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
 
@@ -174,18 +184,20 @@ def score(
     print(f"\n{len(result.obs_error)} episodes of {dataset_id}, dreamed after {context} real frames")
 
 
-def calibrate(model: Model, dataset_id: Dataset, out: Path | None = None, seed: int = 0) -> None:
+def calibrate(model: Model, dataset_ids: Datasets, out: Path | None = None, seed: int = 0) -> None:
     """Teach a model how wrong it may be, on recorded episodes it never saw (kairos_gym.calibrate.calibrate).
 
     Args:
         model: a folder, or a shipped model's name or a hub id with --out
-        dataset_id: the recorded episodes; of its own training data, only those left out are used
+        dataset_ids: recorded episodes, one dataset or more; of its own training data, only those left out are used.
+            The first half teaches how doubt grows, the second says how much is enough: record it with other policies,
+            and the bound allows for those that it never saw
         out: the folder to save the calibrated model to, instead of its own
         seed: of everything drawn at random
     """
     from kairos_gym.calibrate import calibrate
 
-    told = calibrate(model, dataset_id, out, seed=seed).card["trust"]["dreams"]
+    told = calibrate(model, dataset_ids, out, seed=seed).card["trust"]["dreams"]
     print("Calibrated on", ", ".join(f"{n} dreams of {h[1:]} step{'s' * (h != 'h1')}" for h, n in told.items() if n))
 
 

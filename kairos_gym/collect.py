@@ -45,6 +45,7 @@ def collect(
     episodes: int | None = None,
     episode_steps: int | None = None,
     behaviour: Behaviour = "mixed",
+    policy_seed: int = 0,
     policy: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> minari.MinariDataset:
@@ -59,6 +60,7 @@ def collect(
     behaviour: "uniform", independent uniform actions; "held", uniform actions each held for 1 to 8 steps; "mixed", the
         two by turns, an episode each; "ladder", the policies of ``kairos_gym.policies.ladder`` by turns, from doing
         nothing to trained ones, which are trained first where they haven't been.
+    policy_seed: of the training of the ladder's policies.
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
         unbroken one only if the policy is a pure function.
 
@@ -75,10 +77,10 @@ def collect(
     env = make_real(env_id, **limit)
     try:
         _check_env(env)
-        turns = ladder(env_id, progress=progress) if behaviour == "ladder" else []
+        turns = ladder(env_id, seed=policy_seed, progress=progress) if behaviour == "ladder" else []
         recipe = _recipe(env_id, env, seed, episode_steps, behaviour, policy)
         if turns:
-            recipe["policies"] = fingerprint(env_id, turns)
+            recipe |= {"policy_seed": policy_seed, "policies": fingerprint(env_id, turns)}
         amount = {name: n for name, n in (("steps", steps), ("episodes", episodes)) if n is not None}
         final = get_dataset_path(dataset_id)
         part = final.with_name(f".{final.name}.part")  # hidden, so that Minari doesn't list it

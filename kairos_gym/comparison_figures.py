@@ -20,8 +20,21 @@ COLOURS = {
 INK, PALE = "#1c2430", "#b9c2ce"
 
 
+def draw_summary(comparison: Comparison) -> Figure:
+    """Error and returns side by side."""
+    figure, (left, right) = _panels((10, 3.6), 2)
+    _errors(left, comparison)
+    _returns(right, comparison)
+    return figure
+
+
 def draw_error(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 3.6))
+    figure, (axes,) = _panels((6.4, 3.6))
+    _errors(axes, comparison)
+    return figure
+
+
+def _errors(axes: Axes, comparison: Comparison) -> None:
     steps = np.arange(1, comparison.windows.horizon + 1)
     for name, error in comparison.errors.items():
         if name.startswith("simulator") and name not in map(off, SHOWN):
@@ -45,12 +58,11 @@ def draw_error(comparison: Comparison) -> Figure:
     axes.set(yscale="log", ylim=(max(smallest / 2, 1e-6), 10), xlim=(1, steps[-1]))
     axes.set(xlabel="steps dreamed without looking", ylabel="normalised error")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-    return figure
 
 
 def draw_dimensions(comparison: Comparison) -> Figure:
     errors = comparison.errors[MODEL].obs_error
-    figure, axes = _axes((6.4, 0.9 + 0.17 * errors.shape[-1]))
+    figure, (axes,) = _panels((6.4, 0.9 + 0.17 * errors.shape[-1]))
     for i, h in enumerate(two(comparison)):
         rms = errors[:, h - 1].square().nanmean(0).sqrt().clamp_max(1e3).numpy()
         at = np.arange(len(rms)) + (i - 0.5) * 0.36
@@ -64,7 +76,7 @@ def draw_dimensions(comparison: Comparison) -> Figure:
 
 
 def draw_drift(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 2.4))
+    figure, (axes,) = _panels((6.4, 2.4))
     drift = comparison.drift(comparison.dreamed).mean(-1).clamp_max(1e3).numpy()
     axes.plot(np.arange(1, len(drift) + 1), drift, color=COLOURS[MODEL], linewidth=2)
     axes.set(xlabel="steps dreamed without looking", ylabel="distance (std)", xlim=(1, len(drift)), ylim=(0, None))
@@ -72,7 +84,12 @@ def draw_drift(comparison: Comparison) -> Figure:
 
 
 def draw_returns(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 4.4))
+    figure, (axes,) = _panels((6.4, 4.4))
+    _returns(axes, comparison)
+    return figure
+
+
+def _returns(axes: Axes, comparison: Comparison) -> None:
     x, y = (_means(r) for r in (comparison.rollouts.result, comparison.results[MODEL]))
     low, high = (f(np.concatenate([x[:, 0], y[:, 0]])) for f in (min, max))
     room = 0.08 * (high - low) + 1e-9
@@ -91,7 +108,6 @@ def draw_returns(comparison: Comparison) -> Figure:
     for i, (a, b) in enumerate(zip(x[:, 0], y[:, 0], strict=True), 1):
         axes.annotate(str(i), (a, b), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set(xlabel="simulated return", ylabel="imagined return")
-    return figure
 
 
 def draw_trust(comparison: Comparison) -> Figure:
@@ -101,7 +117,7 @@ def draw_trust(comparison: Comparison) -> Figure:
     error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9)[:, h - 1]
     good = error.isfinite() & bound.isfinite()
     y, x = (part[good].clamp_min(1e-6).numpy() for part in (error, bound))
-    figure, axes = _axes((6.4, 3.8))
+    figure, (axes,) = _panels((6.4, 3.8))
     held = y <= x
     axes.scatter(x[held], y[held], s=9, color=COLOURS[MODEL], linewidth=0, alpha=0.7)
     axes.scatter(x[~held], y[~held], s=12, color="#c2410c", linewidth=0)
@@ -112,7 +128,7 @@ def draw_trust(comparison: Comparison) -> Figure:
 
 
 def draw_memory(comparison: Comparison) -> Figure:
-    figure, axes = _axes((6.4, 2.8))
+    figure, (axes,) = _panels((6.4, 2.8))
     colours = ["#2563a8", "#c2410c", "#4d8b57", "#9d6bb8"]
     heads = [(layer, drift, h) for layer, drift in comparison.memory.items() for h in range(drift.error.shape[1])]
     for i, (layer, drift, h) in enumerate(heads):
@@ -143,12 +159,13 @@ def two(comparison: Comparison) -> list[int]:
     return [min(8, longest), longest] if longest > 8 else [longest]
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def _panels(size: tuple[float, float], count: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(PALE)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
-    axes.tick_params(labelsize=8.5, length=3, color="#8a94a3")
-    return figure, axes
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(PALE)
+        axes.xaxis.label.set_fontsize(9)
+        axes.yaxis.label.set_fontsize(9)
+        axes.tick_params(labelsize=8.5, length=3, color="#8a94a3")
+    return figure, panels

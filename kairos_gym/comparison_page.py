@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kairos_gym.comparison import MODEL, SHOWN, SHUFFLED, Comparison, off, steps_of
+from kairos_gym.comparison import MODEL, OFF, SHOWN, SHUFFLED, Comparison, off, steps_of
 from kairos_gym.comparison_figures import (
     draw_dimensions,
     draw_drift,
     draw_error,
     draw_memory,
     draw_returns,
+    draw_summary,
     draw_trust,
     two,
 )
@@ -39,7 +40,7 @@ def write(comparison: Comparison, folder: str | Path, command: str) -> Path:
     numbers = comparison.numbers()
     (folder / "comparison.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     comparison.log(folder / "logs")
-    for draw in (draw_error, draw_dimensions, draw_drift, draw_returns):
+    for draw in (draw_summary, draw_error, draw_dimensions, draw_drift, draw_returns):
         draw(comparison).savefig(folder / f"{draw.__name__.removeprefix('draw_')}.svg", metadata={"Date": None})
     return page(comparison, numbers, command).write(folder / "index.html")
 
@@ -68,18 +69,19 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
     )
     hs = [str(h) for h in comparison.horizons]
     report.table(
-        ["RMS (median) after", *[steps_of(h) for h in hs], "steps within 0.1", "within 0.3"],
+        ["RMS (median) after", *[steps_of(h) for h in hs], "within 0.1 (0.3) for"],
         [
-            [name, *[_both(by[h]) for h in hs], *numbers["steps_within"][name].values()]
+            [name, *[_both(by[h]) for h in hs], "{} ({})".format(*numbers["steps_within"][name].values())]
             for name, by in numbers["error_by_horizon"].items()
             if not name.startswith("simulator") or name in map(off, SHOWN)
         ],
     )
-    if any(x is not None for x in numbers["equivalent_perturbation"].values()):
+    equivalent = {h: x for h, x in numbers["equivalent_perturbation"].items() if x is not None}
+    if equivalent:
         report.text(
             "The model's equivalent perturbation, the start off by which the simulator is as wrong in the median: "
-            + ", ".join(f"{_number(numbers['equivalent_perturbation'][h])} std after {steps_of(h)}" for h in hs)
-            + "."
+            + ", ".join(f"{_number(x)} std after {steps_of(h)}" for h, x in equivalent.items())
+            + f". Starts from {OFF[0]:g} to {OFF[-1]:g} std off were tried."
         )
 
     report.heading("For which policies")

@@ -398,12 +398,11 @@ class Dreams:
         if imagined.obs is None or not known[at].all():
             raise ValueError("max_error and confidence follow the observations, so no step may have decode=False")
         assert trust is not None
-        with torch.no_grad():
-            before = torch.cat([present[torch.from_numpy(at)][:, None], imagined.obs[:, :-1]], 1)
-            doubt = trust.follow(torch.from_numpy(self._doubt[at]), before.cpu(), actions.cpu())
+        before = np.concatenate([to_numpy(present)[at][:, None], to_numpy(imagined.obs[:, :-1])], 1)
+        doubt = trust.follow(self._doubt[at], before, to_numpy(actions))
         steps = (self._clock - self._born[at])[:, None] + np.arange(1, self.chunk + 1)
         widths = self._widths[np.minimum(steps, len(self._widths)) - 1]
-        return _Doubts(doubt.numpy(), doubt.numpy() * widths, steps)
+        return _Doubts(doubt, doubt * widths, steps)
 
     def _too_wrong(self, bound: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.zeros(bound.shape, bool) if self.max_error is None else ~(bound <= self.max_error)

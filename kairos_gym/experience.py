@@ -8,7 +8,15 @@ from typing import Any, get_args
 from kairos_gym.collect import Behaviour, collect, recorded
 from world_model.episodes import Episodes
 
-RECIPE = ("env_id", "seed", "steps", "episodes", "episode_steps", "behaviour")  # what two recordings may share
+RECIPE = (
+    "env_id",
+    "seed",
+    "steps",
+    "episodes",
+    "episode_steps",
+    "behaviour",
+    "policy_seed",
+)  # what two recordings may share
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def experience(card: dict[str, Any]) -> Experience:
             seed=data["seed"],
             episode_steps=data["episode_steps"],
             behaviour=data["behaviour"],
+            policy_seed=data.get("policy_seed", 0),
             **amount,
         )
     episodes = Episodes.from_minari(dataset, range(dataset.total_episodes - data["held_out"]))

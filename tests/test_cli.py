@@ -266,10 +266,16 @@ def test_calibrate_and_compare(
     assert load("model").trust is None, "two episodes are too few"
     assert "too few to calibrate" in mistake(capsys, "calibrate", "model", "kairos/train-v0")
     main(["calibrate", "model", "kairos/more-v0"])
-    assert "Calibrated on 27 dreams of 1 step, 23 dreams of 8 steps\n" in capsys.readouterr().out
-    assert load("model").card["trust"]["calibrated_on"] == "kairos/more-v0"
+    assert "Calibrated on 20 dreams of 1 step, " in capsys.readouterr().out
+    main(["collect", "Pendulum-v1", "kairos/third-v0", "--episodes", "40", "--episode-steps", "30", "--seed", "2"])
+    capsys.readouterr()
+    main(["calibrate", "model", "kairos/more-v0", "kairos/third-v0"])
+    assert "Calibrated on 40 dreams of 1 step, " in capsys.readouterr().out
+    assert load("model").card["trust"]["calibrated_on"] == ["kairos/more-v0", "kairos/third-v0"]
     assert "not a folder" in mistake(capsys, "calibrate", "pendulum", "kairos/more-v0")
-    assert "was recorded in Pendulum-v1" in mistake(capsys, "calibrate", "reacher", "kairos/more-v0")
+    assert "was recorded in Pendulum-v1" in mistake(
+        capsys, "calibrate", "reacher", "kairos/more-v0", "--out", "elsewhere"
+    )
     quick = ("--episodes", "2", "--horizon", "8", "--context", "2", "--episode-steps", "12", "--no-references")
     own = f"sac:{tmp_path / 'policies' / 'sac-0-16.zip'}"
     main(["compare", "--model", "model", *quick, "--policies", own])

@@ -48,6 +48,15 @@ def test_windows_are_slices_of_one_episode(lengths: list[int], frames: int, seed
             assert ended[b, i] == (inside and t > 0 and terminated[t - 1])
 
 
+def test_joined_episodes_stay_in_order() -> None:
+    raw = [episode(steps, number) for number, steps in enumerate((2, 0, 3))]
+    joined = Episodes.join([Episodes.stack(raw[:1]), Episodes.stack(raw[1:])])
+    assert joined.fingerprint() == Episodes.stack(raw).fingerprint()
+    for parts in ([], [Episodes.stack(raw), Episodes.stack([episode(2, obs_dim=3)])]):
+        with pytest.raises(ValueError, match="episodes of one kind"):
+            Episodes.join(parts)
+
+
 def with_part(place: int, value: Any) -> list[Episode]:
     good = list(episode(3, 1))
     good[place] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,6 +79,13 @@ class Episodes:
             )
             for e in dataset.iterate_episodes(None if ids is None else list(ids))
         )
+
+    @classmethod
+    def join(cls, parts: Sequence[Episodes]) -> Episodes:
+        """All episodes of ``parts``, in their order. Raises ValueError where there are none, or O and A differ."""
+        if not parts or len({(part.obs.shape[1], part.action.shape[1]) for part in parts}) != 1:
+            raise ValueError(f"expected episodes of one kind, got {[list(part.obs.shape) for part in parts]}")
+        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
     def fingerprint(self) -> str:
         """A short digest: equal for equal data."""

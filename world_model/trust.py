@@ -3,35 +3,49 @@
 A dream's error after h steps without evidence is the RMS over dimensions of (dreamed - real) / unit. Its bound is
 q_h(confidence) * u: u is the dream's own doubt, which grows along its path by a small learned rule, and q_h the
 quantile of error / u among held-out dreams of h steps (split conformal prediction, arXiv 2107.07511). So the rule only
-decides how sharp the bound is; that it holds comes from the quantiles, for dreams like those it was calibrated on: a
+decides how sharp the bound is; that it holds comes from the quantiles, for dreams like those they were taken from: a
 new draw of the same kind of episodes and actions. Windows of one episode count as draws of their own, though they
 aren't quite.
+
+The rule sees where a step begins, what is played, and how far that lies from the nearest of some steps that the model
+was trained on. Without the last it takes the policies that taught it for the world, and is sure where it knows nothing.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 LEVELS = torch.arange(100, 200) / 200  # 0.5 to 0.995
 WIDTH = 32  # of the rule's hidden layers
-# Logarithms of growth and injection lie this far around these: a doubt grows or shrinks by e^0.5 in a step at most.
-CENTRE, REACH = torch.tensor([0.0, -8.0]), torch.tensor([0.5, 7.5])
-FULL = 2.0  # where a doubt stops growing: two states drawn apart from each other are about 1.4 apart
+KNOWN = 256  # steps of the training data that a step's distance is taken from
+NEAR = 0.05  # distances below this are rounding as much as distance
+NOISE = 0.3  # std, on what the rule sees while it learns, so that it doesn't learn policies by heart
+GROWTH = 0.5  # by e^0.5 in a step a doubt grows or shrinks at most
+INJECTION = (-8.0, 7.5)  # the logarithm of what a step adds: centre and reach
+SIGHT = 5.0  # std, beyond which the rule sees no difference
+FULL = 2.0  # where a doubt stops growing: two states that have nothing to do with each other are about 1.4 apart
 QUANTILE = 0.9  # what the rule is taught to be: the bound that most will ask for
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The rule v = growth(o, a) * u + injection(o, a), u' = v / (1 + v / FULL), and the quantiles."""
+    """The rule u' = min(growth * u + injection, FULL), and the quantiles."""
 
     model: Tensor  # uint8 [n], the fingerprint of the weights that it was calibrated with
-    enter: Tensor  # [O+A,D], of raw observations and actions
+    mean: Tensor  # [O+A], of the observations and actions that the model was trained on
+    unit: Tensor  # [O+A], 1 / their std; 0 for what never moves
+    known: Tensor  # [KNOWN,O+A], some of them, in these units
+    enter: Tensor  # [O+A+1,D]
     enter_bias: Tensor  # [D]
     middle: Tensor  # [D,D]
     middle_bias: Tensor
@@ -60,28 +74,33 @@ class Trust:
         """The doubt of B dreams that have just seen ``seen`` real frames -> [B]."""
         return self.first[min(seen, 2) - 1].exp().expand(batch)
 
-    def follow(self, doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
-        """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K]."""
-        growth, injection = self._rule(torch.cat([before, actions], -1)).unbind(-1)
-        after = []
-        for k in range(actions.shape[1]):
-            doubt = torch.addcmul(injection[:, k], growth[:, k], doubt)
-            doubt = doubt / (1 + doubt / FULL)
-            after.append(doubt)
-        return torch.stack(after, 1)
+    def follow(self, doubt: Any, before: Any, actions: Any) -> Any:
+        """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
+
+        All in torch, or all in numpy, which is faster where the dreams are few.
+        """
+        xp, own = (torch, self) if isinstance(doubt, Tensor) else (np, self._in_numpy)
+        return _grow(xp, own, doubt, _seen(xp, own, xp.concatenate([before, actions], -1)))
+
+    @cached_property
+    def toward(self) -> Tensor:
+        """[O+A,KNOWN], and with ``square`` what the distance from ``known`` is made of."""
+        return (-2 * self.known.T).contiguous()
+
+    @cached_property
+    def square(self) -> Tensor:
+        """[KNOWN], the squared length of ``known``."""
+        return self.known.square().sum(-1)
+
+    @cached_property
+    def _in_numpy(self) -> Any:
+        tensors = {**self.tensors(), "toward": self.toward, "square": self.square}
+        return SimpleNamespace(**{name: t.numpy() for name, t in tensors.items()})
 
     def widths(self, confidence: float) -> Tensor:
         """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H."""
         level = min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)  # the first that is enough
         return torch.cat([self.quantiles[level], torch.full((1,), torch.inf)])
-
-    def _rule(self, seen: Tensor) -> Tensor:
-        """Observations and actions [...,O+A] -> growth and injection [...,2]."""
-        # Few and large operations: this runs at every step of an env.
-        x = torch.addmm(self.enter_bias, seen.flatten(0, -2), self.enter).tanh_()
-        x = torch.addmm(self.middle_bias, x, self.middle).tanh_()
-        x = torch.addmm(self.leave_bias, x, self.leave).tanh_()
-        return torch.addcmul(CENTRE, REACH, x).exp_().view(*seen.shape[:-1], 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, as a checkpoint keeps it."""
@@ -99,28 +118,53 @@ class Trust:
         return found
 
 
-def fit_trust(
-    fingerprint: str, before: Tensor, actions: Tensor, error: Tensor, seen: Tensor, *, seed: int = 0, updates: int = 600
-) -> Trust:
-    """Learn the rule from a third of W dreams of H steps, and take the quantiles from the others -> Trust.
+# What follows runs at every step of an env, so its operations are few; ``xp`` is torch or numpy.
 
-    before: [W,H,O], the observation that each step began at, the first one real, the others dreamed; actions: [W,H,A];
-    error: [W,H], NaN where the real episode had ended; seen: int64 [W], real frames before. Windows of one episode
-    must stand together: the first third teaches.
+
+def _seen(xp: Any, own: Any, raw: Any) -> Any:
+    """Observations and actions [B,K,O+A] -> what the rule sees, [B,K,O+A+1]."""
+    x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
+    square = xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)  # |x - known|^2
+    far = xp.log(square.clip(NEAR**2, None))[:, None]
+    return xp.concatenate([x, 0.5 * far], 1).clip(-SIGHT, SIGHT).reshape(*raw.shape[:-1], -1)
+
+
+def _grow(xp: Any, own: Any, doubt: Any, seen: Any) -> Any:
+    """The doubt [B] along what the rule sees, [B,K,O+A+1] -> [B,K]."""
+    x = xp.tanh(seen @ own.enter + own.enter_bias)
+    x = xp.tanh(x @ own.middle + own.middle_bias)
+    x = xp.tanh(x @ own.leave + own.leave_bias)
+    growth, injection = xp.exp(GROWTH * x[..., 0]), xp.exp(INJECTION[0] + INJECTION[1] * x[..., 1])
+    after = []
+    for k in range(seen.shape[1]):
+        doubt = (growth[:, k] * doubt + injection[:, k]).clip(None, FULL)
+        after.append(doubt)
+    return xp.stack(after, 1)
+
+
+def fit_trust(
+    fingerprint: str,
+    known: Tensor,
+    before: Tensor,
+    actions: Tensor,
+    error: Tensor,
+    seen: Tensor,
+    *,
+    seed: int = 0,
+    updates: int = 600,
+) -> Trust:
+    """Learn the rule from the first half of W dreams of H steps, and take the quantiles from the others -> Trust.
+
+    known: [S,O+A], what steps of the training data began at and played; before: [W,H,O], the observation that each step
+    began at, the first one real, the others dreamed; actions: [W,H,A]; error: [W,H], NaN where the real episode had
+    ended; seen: int64 [W], real frames before. Windows of one episode must stand together.
     """
-    cut, inputs = len(error) // 3, torch.cat([before[:, 0], actions[:, 0]], -1)
-    mean, std = inputs.mean(0), inputs.std(0)  # of real frames: dreams may have gone anywhere
-    unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)  # what never moves says nothing
     generator = torch.Generator().manual_seed(seed)
-    trust = _untaught(fingerprint, len(mean), error, generator)
-    o = before.shape[-1]
-    scaled = (before[:cut] - mean[:o]) * unit[:o], (actions[:cut] - mean[o:]) * unit[o:]
-    _teach(trust, *scaled, error[:cut], seen[:cut], generator, updates)
-    # From here on it takes raw numbers: their units are a part of the first layer.
-    enter = unit[:, None] * trust.enter
-    trust = replace(trust, enter=enter, enter_bias=trust.enter_bias - mean @ enter)
-    with torch.no_grad():
-        doubt = trust.follow(trust.first[seen.clamp_max(2) - 1].exp(), before, actions)
+    trust = _untaught(fingerprint, known, error, generator)
+    cut, raw = len(error) // 2, torch.cat([before, actions], -1)
+    taught = _seen(torch, trust, raw[:cut].nan_to_num(0.0, 1e6, -1e6))
+    _teach(trust, taught, error[:cut], seen[:cut], generator, updates)
+    doubt = trust.follow(trust.first[seen.clamp_max(2) - 1].exp(), before, actions)
     quantiles, counts = conformal(error[cut:] / doubt[cut:])
     return replace(trust, quantiles=quantiles, counts=counts)
 
@@ -138,11 +182,17 @@ def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(k > counts, torch.inf, found), counts
 
 
-def _untaught(fingerprint: str, inputs: int, error: Tensor, generator: torch.Generator) -> Trust:
+def _untaught(fingerprint: str, known: Tensor, error: Tensor, generator: torch.Generator) -> Trust:
     begin = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
+    mean, std, inputs = known.mean(0), known.std(0), known.shape[1]
+    unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)
+    some = torch.randperm(len(known), generator=generator)[:KNOWN]
     return Trust(
         torch.frombuffer(bytearray(fingerprint.encode()), dtype=torch.uint8),
-        torch.randn(inputs, WIDTH, generator=generator) / inputs**0.5,
+        mean,
+        unit,
+        (known[some] - mean) * unit,
+        torch.randn(inputs + 1, WIDTH, generator=generator) / (inputs + 1) ** 0.5,
         torch.zeros(WIDTH),
         torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5,
         torch.zeros(WIDTH),
@@ -154,21 +204,20 @@ def _untaught(fingerprint: str, inputs: int, error: Tensor, generator: torch.Gen
     )
 
 
-def _teach(
-    trust: Trust, before: Tensor, actions: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int
-) -> None:
+def _teach(trust: Trust, inputs: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int) -> None:
     """Make the doubt after every step the 90% quantile of the error there: the pinball loss on logarithms."""
-    learned = [t for name, t in trust.tensors().items() if name not in ("model", "quantiles", "counts")]
+    fixed = ("model", "mean", "unit", "known", "quantiles", "counts")
+    learned = [t for name, t in trust.tensors().items() if name not in fixed]
     for tensor in learned:
         tensor.requires_grad_()
     optimiser = torch.optim.AdamW(learned, lr=5e-3, weight_decay=1e-4)
     valid = ~error.isnan()
     target = error.nan_to_num(1.0, 1e3).clamp(1e-8, 1e3).log()
-    before = before.nan_to_num(0.0, 0.0, 0.0)
     for update in range(updates):
         optimiser.param_groups[0]["lr"] = 5e-3 * (0.5 + 0.5 * math.cos(math.pi * update / updates))
         rows = torch.randint(len(error), (128,), generator=generator)
-        doubt = trust.follow(trust.first[seen[rows].clamp_max(2) - 1].exp(), before[rows], actions[rows])
+        noise = NOISE * torch.randn(len(rows), *inputs.shape[1:], generator=generator)
+        doubt = _grow(torch, trust, trust.first[seen[rows].clamp_max(2) - 1].exp(), inputs[rows] + noise)
         short = target[rows] - doubt.clamp_min(1e-12).log()
         loss = torch.maximum(QUANTILE * short, (QUANTILE - 1) * short)
         loss = (loss * valid[rows]).sum() / valid[rows].sum().clamp_min(1)
