@@ -190,7 +190,7 @@ class Dreams:
             imagined = self._judged(actions, imagined, rows)
         inner = Inner.of(imagined) if self.device.type == "cpu" else None
         at = self._at(rows)
-        doubts = None if self._trust is None else self._doubts(actions, imagined, at)
+        doubts = None if self._trust is None else self._doubts(actions, inner or Inner.of(imagined), at)
         if (
             rows is None
             and self._clock + self.chunk < self._due
@@ -392,13 +392,13 @@ class Dreams:
         self._widths = trust.widths(self.confidence).double().numpy()
         return trust  # type: ignore[no-any-return]
 
-    def _doubts(self, actions: Tensor, imagined: Imagined, at: Rows) -> _Doubts:
+    def _doubts(self, actions: Tensor, inner: Inner, at: Rows) -> _Doubts:
         """How wrong the dreams ``at`` may be after each of these inner steps."""
         (present, known), trust = self.present(), self._trust
-        if imagined.obs is None or not known[at].all():
+        if inner.obs is None or not known[at].all():
             raise ValueError("max_error and confidence follow the observations, so no step may have decode=False")
         assert trust is not None
-        before = np.concatenate([to_numpy(present)[at][:, None], to_numpy(imagined.obs[:, :-1])], 1)
+        before = np.concatenate([to_numpy(present)[at, None], inner.obs[:, :-1]], 1)
         doubt = trust.follow(self._doubt[at], before, to_numpy(actions))
         steps = (self._clock - self._born[at])[:, None] + np.arange(1, self.chunk + 1)
         widths = self._widths[np.minimum(steps, len(self._widths)) - 1]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ WIDTH = 32  # of the rule's hidden layers
 KNOWN = 256  # steps of the training data that a step's distance is taken from
 NEAR = 0.05  # distances below this are rounding as much as distance
 NOISE = 0.3  # std, on what the rule sees while it learns, so that it doesn't learn policies by heart
-GROWTH = 0.5  # by e^0.5 in a step a doubt grows or shrinks at most
-INJECTION = (-8.0, 7.5)  # the logarithm of what a step adds: centre and reach
 SIGHT = 5.0  # std, beyond which the rule sees no difference
 FULL = 2.0  # where a doubt stops growing: two states that have nothing to do with each other are about 1.4 apart
 QUANTILE = 0.9  # what the rule is taught to be: the bound that most will ask for
@@ -54,6 +52,10 @@ class Trust:
     first: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
     quantiles: Tensor  # [Q,H] of error / u; infinite where too few dreams lived that long
     counts: Tensor  # int64 [H], how many did
+
+    # Logarithms of growth and injection lie so far around these: a doubt grows or shrinks by e^0.5 a step at most.
+    centre: ClassVar[Tensor] = torch.tensor([0.0, -8.0])
+    reach: ClassVar[Tensor] = torch.tensor([0.5, 7.5])
 
     @property
     def horizon(self) -> int:
@@ -94,7 +96,8 @@ class Trust:
 
     @cached_property
     def _in_numpy(self) -> Any:
-        tensors = {**self.tensors(), "toward": self.toward, "square": self.square}
+        derived = {"toward": self.toward, "square": self.square, "centre": self.centre, "reach": self.reach}
+        tensors = self.tensors() | derived
         return SimpleNamespace(**{name: t.numpy() for name, t in tensors.items()})
 
     def widths(self, confidence: float) -> Tensor:
@@ -125,19 +128,18 @@ def _seen(xp: Any, own: Any, raw: Any) -> Any:
     """Observations and actions [B,K,O+A] -> what the rule sees, [B,K,O+A+1]."""
     x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
     square = xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)  # |x - known|^2
-    far = xp.log(square.clip(NEAR**2, None))[:, None]
-    return xp.concatenate([x, 0.5 * far], 1).clip(-SIGHT, SIGHT).reshape(*raw.shape[:-1], -1)
+    far = 0.5 * xp.log(square.clip(NEAR**2, None))[:, None]
+    return xp.concatenate([x, far], 1).clip(-SIGHT, SIGHT).reshape(*raw.shape[:-1], -1)
 
 
 def _grow(xp: Any, own: Any, doubt: Any, seen: Any) -> Any:
     """The doubt [B] along what the rule sees, [B,K,O+A+1] -> [B,K]."""
     x = xp.tanh(seen @ own.enter + own.enter_bias)
     x = xp.tanh(x @ own.middle + own.middle_bias)
-    x = xp.tanh(x @ own.leave + own.leave_bias)
-    growth, injection = xp.exp(GROWTH * x[..., 0]), xp.exp(INJECTION[0] + INJECTION[1] * x[..., 1])
+    rates = xp.exp(own.centre + own.reach * xp.tanh(x @ own.leave + own.leave_bias))
     after = []
     for k in range(seen.shape[1]):
-        doubt = (growth[:, k] * doubt + injection[:, k]).clip(None, FULL)
+        doubt = (rates[:, k, 0] * doubt + rates[:, k, 1]).clip(None, FULL)
         after.append(doubt)
     return xp.stack(after, 1)
 
