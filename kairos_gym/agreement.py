@@ -54,9 +54,11 @@ def agreement(imagined: Array, simulated: Array, seed: int = 0) -> Agreement:
 
 def pearson(x: Array, y: Array) -> Array:
     """The correlation of x and y [...,P] over their last dimension -> [...]; NaN where one of them has no spread."""
+    far = np.maximum(np.abs(x).max(-1), np.abs(y).max(-1))  # beside which rounding is no spread
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    size = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    return np.divide((x * y).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 1e-12)
+    a, b = np.sqrt((x * x).sum(-1)), np.sqrt((y * y).sum(-1))
+    spread = (a > 1e-12 * far) & (b > 1e-12 * far)
+    return np.divide((x * y).sum(-1), a * b, out=np.full(a.shape, np.nan), where=spread)
 
 
 def ranks(x: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.calibrate import Doubted, doubted, draw
+from kairos_gym.calibrate import doubted, draw
 from kairos_gym.comparison import steps_of
 from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.models import load
 from kairos_gym.open_loop import Windows
 from kairos_gym.recipes import RECIPES, calibration
 from kairos_gym.report import as_text
+from world_model.episodes import Episodes
 from world_model.model import WorldModel
-from world_model.trust import conformal
+from world_model.trust import Dreamed, conformal
 
 SAMPLED = 4  # dreams whose spread is a signal
 HORIZONS = (1, 8, 32, 64)
@@ -36,11 +36,11 @@ def trust(task: str, dreams: int = 500) -> None:
     model = load(task)
     learned = model.trust
     assert learned is not None, "shipped models are calibrated"
-    sets = {name: draw(episodes, seed) for seed, (name, episodes) in enumerate(calibration(RECIPES[task]).items())}
+    sets = {name: draw(Episodes.join(parts), 1) for name, parts in calibration(RECIPES[task]).items()}
     half = len(sets["calibration"].at) // 2  # those before taught the rule
     have = {name: _some(windows, half if name == "calibration" else 0, dreams) for name, windows in sets.items()}
     seen_by = {name: (windows, doubted(model, windows, model.scaling.obs_std)) for name, windows in have.items()}
-    signals: dict[str, Callable[[Windows, Doubted], Tensor]] = {
+    signals: dict[str, Callable[[Windows, Dreamed], Tensor]] = {
         "steps alone": lambda windows, seen: torch.ones_like(seen.error),
         "draft's variance": partial(_draft_spread, model),
         f"spread of {SAMPLED} sampled dreams": partial(_sampled_spread, model),
@@ -87,7 +87,7 @@ def _cost(model: WorldModel, batch: int, rounds: int = 9) -> list[Any]:
 
 
 @torch.inference_mode()
-def _draft_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tensor:
+def _draft_spread(model: WorldModel, windows: Windows, seen: Dreamed) -> Tensor:
     """The root of the accumulated variance that the draft gives each step."""
     assert model.draft is not None
     obs, scaling = model.scaling.obs(seen.before), model.scaling
@@ -97,7 +97,7 @@ def _draft_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tensor:
 
 
 @torch.inference_mode()
-def _sampled_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tensor:
+def _sampled_spread(model: WorldModel, windows: Windows, seen: Dreamed) -> Tensor:
     state, dreams = windows.begin(model), []
     for i in range(SAMPLED):
         own = state.replace(seed=torch.arange(len(windows.at)) * SAMPLED + i)
@@ -107,5 +107,4 @@ def _sampled_spread(model: WorldModel, windows: Windows, seen: Doubted) -> Tenso
 
 def _some(windows: Windows, first: int, count: int) -> Windows:
     """``count`` of those from ``first`` on, spread evenly, for the policies stand one after the other."""
-    rows = torch.linspace(first, len(windows.at) - 1, count).long()
-    return replace(windows, at=windows.at[rows], seen=windows.seen[rows])
+    return windows.part(torch.linspace(first, len(windows.at) - 1, count).long())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +16,10 @@ from kairos_gym.open_loop import CONTEXT, Windows, expect_simulator, held_out
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
-from world_model.trust import Trust, fit_trust
+from world_model.trust import Dreamed, Trust, fit_trust
 
 HORIZON = 64  # steps, the longest dream that is calibrated
 LEAST = 32  # dreams that a calibration asks for
-
-
-@dataclass(frozen=True)
-class Doubted:
-    """W dreams of H steps: the observation that each step began at [W,H,O], actions [W,H,A], errors [W,H], seen [W].
-
-    Errors are NaN where the real episode had ended.
-    """
-
-    before: Tensor
-    actions: Tensor
-    error: Tensor
-    seen: Tensor
-
-    def part(self, rows: Tensor) -> Doubted:
-        """Some of the dreams."""
-        return Doubted(*(x[rows] for x in (self.before, self.actions, self.error, self.seen)))
-
-    def bound(self, trust: Trust, confidence: float) -> Tensor:
-        """What ``trust`` says of each dream after each step -> [W,H]."""
-        widths = trust.widths(confidence)
-        return self.doubt(trust) * widths[torch.arange(self.error.shape[1]).clamp_max(trust.horizon)]
-
-    def doubt(self, trust: Trust) -> Tensor:
-        """What the bound is a multiple of -> [W,H]."""
-        begin = torch.cat([trust.begin(1, int(n)) for n in self.seen])
-        return trust.follow(begin, self.before, self.actions)
 
 
 def calibrate(
@@ -68,6 +40,8 @@ def calibrate(
     if out is None and not Path(model).is_dir():
         raise ValueError(f"say where to save it (out, --out): model {str(model)!r} is not a folder")
     parts, names = [], [dataset_ids] if isinstance(dataset_ids, str) else list(dataset_ids)
+    if not names:
+        raise ValueError("name one dataset or more to calibrate on")
     for name in names:
         dataset = recorded(name)
         expect_simulator(world, f"model {str(model)!r}", dataset)
@@ -76,28 +50,41 @@ def calibrate(
         if not fresh:
             raise ValueError(f"training used all of {name}: record another dataset")
         parts.append(Episodes.from_minari(dataset, fresh))
-    trust_in(world, experience(world.card).episodes, Episodes.join(parts), names, seed=seed)
+    trust_in(world, experience(world.card).episodes, parts, names, seed=seed)
     world.save_pretrained(Path(model) if out is None else out)
     return world
 
 
 def trust_in(
-    world: WorldModel, trained_on: Episodes, episodes: Episodes, names: Sequence[str], *, seed: int = 0
+    world: WorldModel, trained_on: Episodes, parts: Sequence[Episodes], names: Sequence[str], *, seed: int = 0
 ) -> None:
-    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, of the datasets ``names``.
+    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, the datasets ``names``.
 
-    Raises ValueError where they give too few dreams.
+    The first half of the datasets teaches the rule; of a single one, the first half of its episodes.
+    Raises ValueError where they give too few dreams, or hold steps that the model was trained on.
     """
-    windows = draw(episodes, seed)
-    if len(windows.at) < LEAST:
+    episodes = Episodes.join(parts)
+    if (known := trained_on.shared(episodes)).any():
+        raise ValueError(
+            f"{int(known.sum())} steps of {', '.join(names)} are in the model's training data: record others"
+        )
+    windows, teach = draw(episodes, seed), len(parts) // 2
+    first = episodes.starts()
+    boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[:teach])
+    cut = int((windows.at < boundary).sum())
+    if min(cut, len(windows.at) - cut) < LEAST // 2:
         raise ValueError(
             f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
         )
-    dreams = doubted(world, windows, world.scaling.obs_std)
     at = (trained_on.index > 0).nonzero()[:, 0]
-    known = torch.cat([trained_on.obs[at - 1], trained_on.action[at]], 1)
+    unit, measured = world.scaling.obs_std, windows.part(slice(cut, None))
     world.trust = fit_trust(
-        world.fingerprint(), known, dreams.before, dreams.actions, dreams.error, dreams.seen, seed=seed
+        world.fingerprint(),
+        torch.cat([trained_on.obs[at - 1], trained_on.action[at]], 1),
+        doubted(world, windows.part(slice(cut)), unit),
+        doubted(world, measured, unit),
+        doubted(world, measured, unit, measured.dream(world, chunk=world.spec.chunk)),
+        seed=seed,
     )
     counts = world.trust.counts
     world.card = {
@@ -125,25 +112,25 @@ def draw(episodes: Episodes, seed: int) -> Windows:
     return Windows(episodes, torch.tensor(at), torch.tensor(seen), HORIZON)
 
 
-def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> Doubted:
+def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> Dreamed:
     """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
     imagined = windows.dream(dynamics) if imagined is None else imagined
     assert imagined.obs is not None
     error = windows.against(imagined, unit).obs_error.square().mean(-1).sqrt()
     start = windows.episodes.obs[windows.at][:, None]
     before = torch.cat([start, imagined.obs[:, :-1]], 1)
-    return Doubted(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
+    return Dreamed(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
 
 
 def coverage(
-    dreams: Doubted, trust: Trust, horizons: Sequence[int] = (1, 8, 32, 64), confidence: float = 0.9
+    dreams: Dreamed, trust: Trust, horizons: Sequence[int] = (1, 8, 32, 64), confidence: float = 0.9, chunk: int = 1
 ) -> dict[str, dict[str, float]]:
     """How often the bound held after each of ``horizons`` steps ("coverage"), and how wide it was ("mean", "median").
 
     "error" is the error's own quantile in these dreams: what the best bound would be that knows the steps alone.
     """
-    bound, found = dreams.bound(trust, confidence), {}
-    for h in horizons:
+    bound, widths, found = dreams.bound(trust, confidence, chunk), trust.widths(confidence, chunk), {}
+    for h in [h for h in horizons if bool(widths[h - 1].isfinite())]:  # a bound that says nothing holds always
         error, width = dreams.error[:, h - 1], bound[:, h - 1]
         lasts = ~error.isnan()
         error, width = error[lasts], width[lasts]

@@ -238,7 +238,6 @@ def compare(
     from kairos_gym import comparison_page
     from kairos_gym.compare import compare
     from kairos_gym.models import load
-    from kairos_gym.policies import ladder
     from kairos_gym.policies import load as load_policy
 
     world = load(model)
@@ -254,7 +253,7 @@ def compare(
     found = compare(
         model,
         env_id,
-        policies=[*ladder(env_id), *(load_policy(source, env_id) for source in policies)],
+        also=[load_policy(source, env_id) for source in policies],
         episodes=episodes,
         seed=seed,
         horizon=horizon,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from kairos_gym.calibrate import doubted
@@ -23,6 +24,7 @@ from world_model.baselines import fit_constant, fit_ensemble, fit_linear
 from world_model.bounds import MemoryDrift, memory_drift
 from world_model.contract import Dynamics, Imagined
 from world_model.model import WorldModel
+from world_model.vectors import flat_box
 
 
 def compare(
@@ -30,6 +32,7 @@ def compare(
     env_id: str | None = None,
     *,
     policies: Sequence[Policy] | None = None,
+    also: Sequence[Policy] = (),
     episodes: int = 16,
     seed: int = 10_000,
     horizon: int = 64,
@@ -43,7 +46,8 @@ def compare(
     """Hold a dream against the simulator ``env_id``: the same starts, policies and dice, dreamed and simulated.
 
     model: a shipped model's name, a folder, a hub id, or any ``Dynamics``. env_id: None takes the one on its card.
-    policies: 3 or more; None takes ``kairos_gym.policies.ladder``, which trains some where it hasn't yet.
+    policies: 3 or more of different names; None takes ``kairos_gym.policies.ladder``, which trains some where it hasn't
+        yet. also: more beside these.
     episodes: starts, the same for every policy; start e is that of ``reset(seed=seed + e)``.
     horizon, context: in the open-loop part a dream sees ``context`` real frames (fewer in short episodes) and goes on
         for ``horizon`` steps with the actions really played, ``chunk`` at a time. In the closed-loop part it sees the
@@ -65,14 +69,18 @@ def compare(
     if env_id is None:
         raise ValueError(f"the card of {name} names no simulator: say which")
     _expect_spaces(world, name, env_id)
+    if policies is not None:
+        _expect_names([*policies, *also])
     if not 1 <= chunk <= world.spec.chunk:
         raise ValueError(f"chunk must be 1 to {world.spec.chunk}, this model's longest, got {chunk}")
     say = _teller(progress)
     data = experience(card) if references else None
     say("policies")
+    players = [*(ladder(env_id, progress=progress) if policies is None else policies), *also]
+    _expect_names(players)
     rollouts = play_real(
         env_id,
-        ladder(env_id, progress=progress) if policies is None else policies,
+        players,
         episodes=episodes,
         seed=seed,
         at_least=context + horizon,
@@ -138,7 +146,7 @@ def expect_apart(data: Experience | None, world: Any, rollouts: Rollouts) -> Non
             f"{int((theirs.index[: int(shared.nonzero()[0, 0]) + 1] == 0).sum()) - 1}: choose another seed"
         )
     starts = getattr(world, "starts", None)
-    if data is None and starts is not None:
+    if starts is not None:
         known = {row.tobytes() for row in starts.obs[:, 0].cpu().numpy()}
         same = [e for e, f in enumerate(rollouts.starts[0].tolist()) if theirs.obs[f].numpy().tobytes() in known]
         if same:
@@ -254,6 +262,8 @@ def _memory(world: Any, windows: Windows, dreamed: Imagined) -> dict[int, Memory
     assert dreamed.obs is not None
     real, actions, *_ = windows.real
     sound = dreamed.obs.isfinite().all(-1).all(-1)
+    if not sound.any():
+        return {}
     state = windows.begin(world).select(sound.nonzero()[:, 0])
     return memory_drift(world, state, real[sound], dreamed.obs[sound], actions[sound])
 
@@ -272,9 +282,16 @@ def _expect_spaces(world: Any, name: str, env_id: str) -> None:
     env = make_real(env_id)
     for space in ("observation_space", "action_space"):
         ours, theirs = getattr(world.spec, space), getattr(env, space)
-        if ours.shape != theirs.shape or type(ours) is not type(theirs):
+        keys = [list(part) if isinstance(part, spaces.Dict) else None for part in (ours, theirs)]
+        if type(ours) is not type(theirs) or keys[0] != keys[1] or flat_box(ours).shape != flat_box(theirs).shape:
             raise ValueError(f"{name} has an {space} {ours}, {env_id} {theirs}: is it its simulator?")
     env.close()
+
+
+def _expect_names(policies: Sequence[Policy]) -> None:
+    names = [policy.name for policy in policies]
+    if len(names) < 3 or len(set(names)) < len(names) or "all" in names:
+        raise ValueError(f"3 policies or more are needed, of different names other than 'all', got {names}")
 
 
 def _teller(progress: bool) -> Callable[[str], None]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from kairos_gym.agreement import Agreement, agreement
-from kairos_gym.calibrate import Doubted, coverage
+from kairos_gym.calibrate import coverage
 from kairos_gym.experience import Experience
 from kairos_gym.open_loop import OpenLoop, Windows
 from kairos_gym.report import machine
 from kairos_gym.rollouts import Result, Rollouts
 from world_model.bounds import MemoryDrift
 from world_model.contract import Imagined
-from world_model.trust import Trust
+from world_model.trust import Dreamed, Trust
 
 OFF = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # how far off the simulator itself is started, in std of each coordinate
 SHOWN = (1e-3, 1e-2)  # of these, the ones that every table shows
@@ -62,7 +62,7 @@ class Comparison:
     ends: Ends
     speed: Speed
     trust: Trust | None  # the model's own, where it was calibrated
-    doubted: Doubted  # the windows, as ``trust`` sees them
+    doubted: Dreamed  # the windows, as ``trust`` sees them
     memory: dict[int, MemoryDrift]  # of each gated-delta layer: written from dreamed and from real frames
     state_bytes: dict[int, int]  # what one dream remembers, by the steps that it has made
     experience: Experience | None  # what the references were fitted on
@@ -154,7 +154,8 @@ class Comparison:
             },
             "error_by_dimension": {t: _rms(mine.obs_error[:, t - 1]).tolist() for t in h},
             "reward_error": {
-                name: {t: _rms(e.reward_error[:, t - 1, None]).item() / max(reward.std().item(), 1e-9) for t in h}
+                # Where every step pays the same, there is no std to measure by.
+                name: {t: _rms(e.reward_error[:, t - 1, None]).item() / (reward.std().item() or math.nan) for t in h}
                 for name, e in self.errors.items()
             },
             "ends": asdict(self.ends),
@@ -179,9 +180,9 @@ class Comparison:
         if self.trust is None:
             return None
         h = [t for t in self.horizons if t <= self.trust.horizon]
-        whole = {"all": coverage(self.doubted, self.trust, h)}
+        whole = {"all": coverage(self.doubted, self.trust, h, chunk=self.chunk)}
         return whole | {
-            policy.name: coverage(self.doubted.part(self.of_policy(p)), self.trust, h)
+            policy.name: coverage(self.doubted.part(self.of_policy(p)), self.trust, h, chunk=self.chunk)
             for p, policy in enumerate(self.rollouts.policies)
         }
 

@@ -35,11 +35,12 @@ def draw_error(comparison: Comparison) -> Figure:
 
 
 def _errors(axes: Axes, comparison: Comparison) -> None:
-    steps = np.arange(1, comparison.windows.horizon + 1)
+    lasting = int(comparison.windows.real[4].any(0).sum())  # steps that some episode has
+    steps = np.arange(1, lasting + 1)
     for name, error in comparison.errors.items():
         if name.startswith("simulator") and name not in map(off, SHOWN):
             continue
-        per = error.obs_error.square().mean(-1).sqrt().numpy()  # [W,h]
+        per = error.obs_error[:, :lasting].square().mean(-1).sqrt().numpy()  # [W,h]
         median = np.nanmedian(np.where(np.isfinite(per) | np.isnan(per), per, 1e9), 0)
         if name == MODEL:
             low, high = np.nanpercentile(np.where(np.isinf(per), 1e9, per), [10, 90], axis=0)
@@ -114,7 +115,7 @@ def draw_trust(comparison: Comparison) -> Figure:
     trust, dreams = comparison.trust, comparison.doubted
     assert trust is not None
     h = min(comparison.windows.horizon, trust.horizon)
-    error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9)[:, h - 1]
+    error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9, comparison.chunk)[:, h - 1]
     good = error.isfinite() & bound.isfinite()
     y, x = (part[good].clamp_min(1e-6).numpy() for part in (error, bound))
     figure, (axes,) = _panels((6.4, 3.8))

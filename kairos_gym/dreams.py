@@ -89,7 +89,7 @@ class Dreams:
             confidence=confidence,
         )
         self.max_error, self.confidence = max_error, 0.9 if confidence is None else confidence
-        self._trust = None if max_error is None and confidence is None else self._calibration(sampled)
+        self._trust = None if max_error is None and confidence is None else self._calibration(sampled, flow_steps)
         # Models without a flow know neither argument, so the defaults are left unsaid.
         self._flow: dict[str, Any] = ({"sampled": True} if sampled else {}) | (
             {"flow_steps": flow_steps} if flow_steps != 1 else {}
@@ -374,13 +374,17 @@ class Dreams:
         ends = Ends((end & counts).any(1), lost | (steps == left), lost)
         return Step(imagined, ends, inner, last, earned), steps
 
-    def _calibration(self, sampled: bool) -> Trust:
+    def _calibration(self, sampled: bool, flow_steps: int) -> Trust:
         """Raises ValueError where the model can't say how wrong it may be, or not with that confidence."""
+        for name, number in (("max_error", self.max_error), ("confidence", self.confidence)):
+            if number is not None and (not isinstance(number, int | float | np.number) or isinstance(number, bool)):
+                raise TypeError(f"{name} must be a number, got {number!r}")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error must be above 0, got {self.max_error}")
-        if sampled:
+        if sampled or flow_steps != 1:
             raise ValueError(
-                "max_error and confidence bound the error of the mean dream, so they can't go with sampled=True"
+                "max_error and confidence bound the error of the mean dream in one Euler step, so they can't go with "
+                f"{sampled=} and {flow_steps=}"
             )
         trust = getattr(self.model, "trust", None)
         if trust is None:
@@ -389,7 +393,7 @@ class Dreams:
                 "DATASET with recorded episodes that its training left out"
             )
         trust.expect(self.confidence)
-        self._widths = trust.widths(self.confidence).double().numpy()
+        self._widths = trust.widths(self.confidence, self.chunk).double().numpy()
         return trust  # type: ignore[no-any-return]
 
     def _doubts(self, actions: Tensor, inner: Inner, at: Rows) -> _Doubts:

@@ -42,8 +42,8 @@ def experience(card: dict[str, Any]) -> Experience:
     data = card.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise ValueError(
-            "the model's card doesn't say what it was trained on, so nothing can be fitted on the same data: go "
-            "without references (references=False, --no-references)"
+            "the model's card doesn't say what it was trained on, so nothing can be fitted on the same data, and it "
+            "can't be calibrated; compare can go without (references=False, --no-references)"
         )
     name = str(data["dataset"])
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ class Windows:
     horizon: int  # h, steps to dream; those beyond the episode's end are not valid
     states: Tensor | None = None  # [F,S] the simulator's exact state at each frame of the episodes, where it is known
 
+    def part(self, rows: slice | Tensor) -> Windows:
+        """Some of them."""
+        return replace(self, at=self.at[rows], seen=self.seen[rows])
+
     @cached_property
     def real(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What followed in the simulator: obs, action, reward, terminated and valid, each [W,h,...]."""
@@ -38,8 +42,11 @@ class Windows:
 
     def begin(self, dynamics: Dynamics) -> Any:
         """A state in which each row has seen its own frames; of the simulator itself, its exact state."""
-        if self.states is not None and hasattr(dynamics, "at"):
-            return dynamics.at(self.states[self.at])
+        if self.states is not None:
+            from envs import SimulatorDynamics  # only they have states, so a simulator is at hand
+
+            if isinstance(dynamics, SimulatorDynamics):
+                return dynamics.at(self.states[self.at])
         state = dynamics.initial(len(self.at))
         for frames in self.seen.unique().tolist():
             rows = (self.seen == frames).nonzero()[:, 0]

@@ -78,8 +78,11 @@ def play_real(
     """
     from envs import get_state, make_real  # the roof loads no simulator before somebody needs one
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"an episode has 1 step or more, got limit={limit}")
     env = make_real(env_id)
-    limit = limit or (env.spec.max_episode_steps if env.spec else None)
+    if limit is None and env.spec is not None:
+        limit = env.spec.max_episode_steps
     env.close()
     if limit is None:
         raise ValueError(f"{env_id} has no time limit, so an episode might never end: say how many steps one lasts")

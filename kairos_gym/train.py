@@ -77,7 +77,7 @@ def train(
         model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
     left = range(trained, dataset.total_episodes)
     if len(left) >= LEAST:
-        trust_in(model, episodes, Episodes.from_minari(dataset, left), [dataset_id], seed=seed)
+        trust_in(model, episodes, [Episodes.from_minari(dataset, left)], [dataset_id], seed=seed)
     model.save_pretrained(out)
     return model
 

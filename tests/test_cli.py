@@ -258,7 +258,7 @@ def test_calibrate_and_compare(
     monkeypatch.chdir(tmp_path)
     space = gym.make("Pendulum-v1").action_space
     few = scripted(space) + learned("Pendulum-v1", tmp_path / "policies", steps=64, progress=False)
-    monkeypatch.setattr("kairos_gym.policies.ladder", lambda env_id, **_: few)
+    monkeypatch.setattr("kairos_gym.compare.ladder", lambda env_id, **_: few)
     main(["collect", "Pendulum-v1", "kairos/train-v0", "--episodes", "6", "--episode-steps", "40"])
     main(["collect", "Pendulum-v1", "kairos/more-v0", "--episodes", "40", "--episode-steps", "30", "--seed", "1"])
     main(["train", "kairos/train-v0", "model", "--draft-steps", "20", "--steps", "4", "--held-out", "2"])

@@ -125,6 +125,28 @@ def test_the_report_holds_it_all(broken: Comparison, tmp_path: Path) -> None:
     assert len(scalars) == 12 and scalars[3].value == pytest.approx(broken.errors[MODEL].nrmse(4).median().item())
 
 
+class Lost(SimulatorDynamics):
+    """Every dream is no number from the first step on, and every step pays the same."""
+
+    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+        after, imagined = super().imagine(state, actions, decode=decode)
+        assert imagined.obs is not None
+        return after, imagined._replace(obs=imagined.obs * float("nan"))
+
+
+def test_dreams_that_are_lost_are_reported_as_infinitely_wrong(tmp_path: Path) -> None:
+    found = compare(Lost("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+    assert found.errors[MODEL].nrmse(1).isinf().all() and found.results[MODEL].lost.all()
+    assert "dreams turned non-finite" in comparison_page.write(found, tmp_path, "x").read_text()
+
+
+def test_episodes_shorter_than_the_horizon_still_make_a_page(tmp_path: Path) -> None:
+    env_id = "InvertedPendulum-v5"
+    found = compare(SimulatorDynamics(env_id), env_id, policies=policies(env_id), **{**QUICK, "horizon": 60})
+    assert not len(found.errors[MODEL].nrmse(60))
+    assert "Error by horizon" in comparison_page.write(found, tmp_path, "x").read_text()
+
+
 def upright(obs: Any) -> Any:
     return obs[:, 0] > 0.9
 
@@ -218,9 +240,12 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
         ({"chunk": 9}, "chunk must be 1 to 8"),
         ({"env_id": "Reacher-v5"}, "is it its simulator"),
         ({"env_id": None}, "names no simulator"),
+        ({"limit": 0}, "1 step or more"),
+        ({"policies": policies("Pendulum-v1")[:2]}, "3 policies or more"),
+        ({"policies": policies("Pendulum-v1")[:1] * 3}, "of different names"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any], what: str) -> None:
-    about = {"env_id": "Pendulum-v1", **QUICK, **wrong}
+    about = {"env_id": "Pendulum-v1", "policies": policies("Pendulum-v1"), **QUICK, **wrong}
     with pytest.raises(ValueError, match=what):
-        compare(SimulatorDynamics("Pendulum-v1"), policies=policies("Pendulum-v1"), **about)
+        compare(SimulatorDynamics("Pendulum-v1"), **about)

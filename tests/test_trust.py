@@ -12,7 +12,6 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import dreamer
-from torch import Tensor
 
 from kairos_gym.calibrate import coverage, doubted, draw, trust_in
 from kairos_gym.dream_env import DreamEnv
@@ -20,7 +19,7 @@ from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.sb3 import DreamVecEnv
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
-from world_model.trust import LEVELS, Trust, conformal, fit_trust
+from world_model.trust import LEVELS, Dreamed, Trust, conformal, fit_trust
 
 
 def test_conformal_quantiles_hold_in_a_finite_sample() -> None:
@@ -40,7 +39,7 @@ def test_too_few_scores_give_no_bound() -> None:
     assert quantiles[:, 1].tolist() == [pytest.approx(0.3)] + [float("inf")] * 99
 
 
-def toy(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def toy(n: int, seed: int) -> Dreamed:
     """Errors that grow by 20% a step where the observation is positive, and stay small where it is negative."""
     g = torch.Generator().manual_seed(seed)
     side = torch.where(torch.rand(n, 1, 1, generator=g) < 0.5, 1.0, -1.0)
@@ -48,7 +47,7 @@ def toy(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps = torch.arange(1, 21)
     scale = 0.001 * torch.where(side[:, :, 0] > 0, 1.2**steps, 1.0)
     error = scale * torch.randn(n, 20, generator=g).abs()
-    return before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64)
+    return Dreamed(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
 
 
 KNOWN = torch.cat([toy(200, 2)[0][:, 0], torch.zeros(200, 1)], 1)
@@ -56,7 +55,7 @@ KNOWN = torch.cat([toy(200, 2)[0][:, 0], torch.zeros(200, 1)], 1)
 
 @pytest.fixture(scope="module")
 def taught() -> Trust:
-    return fit_trust("weights", KNOWN, *toy(900, 0), updates=300)
+    return fit_trust("weights", KNOWN, toy(450, 0), toy(450, 3), toy(450, 4), updates=300)
 
 
 def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Trust) -> None:
@@ -74,14 +73,14 @@ def test_doubt_is_larger_far_from_what_the_model_was_trained_on() -> None:
     """Two policies teach, near and far on one side; the rule has never seen the other side, where a third one goes."""
     g = torch.Generator().manual_seed(0)
 
-    def played(place: float, n: int = 300) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def played(place: float, n: int = 300) -> Dreamed:
         before = place + 0.3 * torch.randn(n, 20, 2, generator=g)
         error = 0.001 * 3 ** max(0.0, abs(place)) * torch.randn(n, 20, generator=g).abs()
-        return before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64)
+        return Dreamed(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
 
     known = torch.cat([0.3 * torch.randn(400, 2, generator=g), torch.zeros(400, 1)], 1)
-    taught = [torch.cat(parts) for parts in zip(*(played(p) for p in (0.0, 1.0, 2.0, 0.0, 1.0, 2.0)), strict=True)]
-    trust = fit_trust("weights", known, *taught)
+    three = [Dreamed(*map(torch.cat, zip(*map(played, (0.0, 1.0, 2.0)), strict=True))) for _ in range(3)]
+    trust = fit_trust("weights", known, *three)
     ends = {}
     for place in (0.0, -2.0):
         before, actions, _, seen = played(place)
@@ -97,21 +96,41 @@ def test_numpy_and_torch_follow_alike(taught: Trust) -> None:
     torch.testing.assert_close(torch.from_numpy(quick), taught.follow(doubt, before, actions), rtol=1e-4, atol=1e-7)
 
 
+def test_dreams_that_are_no_numbers_count_as_infinitely_wrong() -> None:
+    def lost(seed: int) -> Dreamed:
+        before, actions, error, seen = toy(300, seed)
+        before, error = before.clone(), error.clone()
+        before[:100, 5:], error[:100, 4:] = torch.nan, torch.inf
+        return Dreamed(before, actions, error, seen)
+
+    trust = fit_trust("weights", KNOWN, lost(0), lost(1), lost(2), updates=20)
+    assert trust.counts.tolist() == [300] * 20
+    assert trust.widths(0.9).isinf().tolist() == [False] * 4 + [True] * 17
+    assert trust.widths(0.6)[:20].isfinite().all()
+
+
+def test_longer_chunks_have_widths_of_their_own() -> None:
+    worse = toy(400, 2)
+    trust = fit_trust("weights", KNOWN, toy(400, 0), toy(400, 1), worse._replace(error=3 * worse.error), updates=50)
+    ratio = trust.widths(0.9, chunk=4)[:20] / trust.widths(0.9)[:20]
+    assert ratio.median() == pytest.approx(3, rel=0.2)
+
+
 def test_beyond_what_was_calibrated_there_is_no_bound(taught: Trust) -> None:
     assert taught.widths(0.9).isinf().tolist() == [False] * 20 + [True]
     assert (taught.widths(0.99)[:20] > taught.widths(0.5)[:20]).all()
     taught.expect(0.99)
     with pytest.raises(ValueError, match=r"0\.5 to 0\.995"):
         taught.expect(0.4)
-    few = fit_trust("weights", KNOWN, *toy(30, 0), updates=2)
+    few = fit_trust("weights", KNOWN, *[toy(15, seed) for seed in range(3)], updates=2)
     few.expect(0.9)
     with pytest.raises(ValueError, match="more than the 15 dreams"):
         few.expect(0.99)
 
 
-def walk(model: WorldModel, episodes: int = 40, steps: int = 90) -> Episodes:
+def walk(model: WorldModel, episodes: int = 40, steps: int = 90, seed: int = 0) -> Episodes:
     """Made-up experience: the model's own dreams with noise, so that it is wrong by a little."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     assert model.starts is not None
     actions = torch.rand(episodes, steps, 2, generator=g) * 4 - 2
     begin = model.starts.obs[torch.arange(episodes) % 6][:, -1:]
@@ -130,7 +149,7 @@ def walk(model: WorldModel, episodes: int = 40, steps: int = 90) -> Episodes:
 @pytest.fixture(scope="module")
 def calibrated() -> WorldModel:
     model = dreamer()
-    trust_in(model, walk(model), walk(model), ["made-up-v0"])
+    trust_in(model, walk(model, seed=1), [walk(model)], ["made-up-v0"])
     return model
 
 
@@ -274,8 +293,13 @@ def test_it_is_a_valid_environment(calibrated: WorldModel) -> None:
 def test_what_cannot_be_had_is_refused(calibrated: WorldModel) -> None:
     with pytest.raises(ValueError, match=r"not calibrated.*kairos calibrate"):
         DreamEnv(dreamer(), max_error=0.3)
-    with pytest.raises(ValueError, match="sampled=True"):
-        DreamEnv(calibrated, max_error=0.3, sampled=True)
+    for other in ({"sampled": True}, {"flow_steps": 4}):
+        with pytest.raises(ValueError, match="one Euler step"):
+            DreamEnv(calibrated, max_error=0.3, **other)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="max_error must be a number"):
+        DreamEnv(calibrated, max_error="much")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="are in the model's training data"):
+        trust_in(dreamer(), walk(dreamer()), [walk(dreamer())], ["x-v0"])
     with pytest.raises(ValueError, match="max_error must be above 0"):
         DreamEnv(calibrated, max_error=0.0)
     with pytest.raises(ValueError, match="confidence"):
@@ -285,7 +309,7 @@ def test_what_cannot_be_had_is_refused(calibrated: WorldModel) -> None:
     with pytest.raises(ValueError, match="decode=False"):
         envs.step_torch(torch.zeros(2, 2), decode=False)
     with pytest.raises(ValueError, match="too few to calibrate"):
-        trust_in(dreamer(), walk(dreamer()), walk(dreamer(), episodes=3), ["x-v0"])
+        trust_in(dreamer(), walk(dreamer(), seed=1), [walk(dreamer(), episodes=3)], ["x-v0"])
 
 
 def test_coverage_counts_what_it_says(calibrated: WorldModel) -> None:

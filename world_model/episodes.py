@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +86,12 @@ class Episodes:
         if not parts or len({(part.obs.shape[1], part.action.shape[1]) for part in parts}) != 1:
             raise ValueError(f"expected episodes of one kind, got {[list(part.obs.shape) for part in parts]}")
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def pick(self, which: Callable[[int], bool]) -> Episodes:
+        """The episodes whose number ``which`` says."""
+        number = (self.index == 0).cumsum(0) - 1
+        chosen = torch.tensor([which(e) for e in range(len(self.starts()))], dtype=torch.bool)
+        return Episodes(*(column[chosen[number]] for column in vars(self).values()))
 
     def fingerprint(self) -> str:
         """A short digest: equal for equal data."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +50,8 @@ class Trust:
     leave: Tensor  # [D,2]
     leave_bias: Tensor
     first: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
-    quantiles: Tensor  # [Q,H] of error / u; infinite where too few dreams lived that long
-    counts: Tensor  # int64 [H], how many did
+    quantiles: Tensor  # [2,Q,H] of error / u, dreamed step by step and in the longest chunks; infinite where too few
+    counts: Tensor  # int64 [H], how many dreams lived that long
 
     # Logarithms of growth and injection lie so far around these: a doubt grows or shrinks by e^0.5 a step at most.
     centre: ClassVar[Tensor] = torch.tensor([0.0, -8.0])
@@ -60,7 +60,7 @@ class Trust:
     @property
     def horizon(self) -> int:
         """H, the longest dream that was calibrated."""
-        return self.quantiles.shape[1]
+        return self.quantiles.shape[-1]
 
     def expect(self, confidence: float) -> None:
         """Raises ValueError for a ``confidence`` that this calibration can't give even after one step."""
@@ -100,10 +100,14 @@ class Trust:
         tensors = self.tensors() | derived
         return SimpleNamespace(**{name: t.numpy() for name, t in tensors.items()})
 
-    def widths(self, confidence: float) -> Tensor:
-        """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H."""
+    def widths(self, confidence: float, chunk: int = 1) -> Tensor:
+        """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H.
+
+        chunk: how many steps are dreamed at once.
+        """
         level = min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)  # the first that is enough
-        return torch.cat([self.quantiles[level], torch.full((1,), torch.inf)])
+        single, longest = self.quantiles[:, level]
+        return torch.cat([single if chunk == 1 else torch.maximum(single, longest), torch.full((1,), torch.inf)])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, as a checkpoint keeps it."""
@@ -144,31 +148,54 @@ def _grow(xp: Any, own: Any, doubt: Any, seen: Any) -> Any:
     return xp.stack(after, 1)
 
 
+class Dreamed(NamedTuple):
+    """W dreams of H steps, as a ``Trust`` sees them, and their errors."""
+
+    before: Tensor  # [W,H,O] the observation that each step began at: the first one real, the others dreamed
+    actions: Tensor  # [W,H,A]
+    error: Tensor  # [W,H] NaN where the real episode had ended, infinite where the dream is no number any more
+    seen: Tensor  # int64 [W], real frames before
+
+    def part(self, rows: Tensor | slice) -> Dreamed:
+        """Some of the dreams."""
+        return Dreamed(*(x[rows] for x in self))
+
+    def doubt(self, trust: Trust) -> Tensor:
+        """What the bound is a multiple of -> [W,H]."""
+        return trust.follow(trust.first[self.seen.clamp_max(2) - 1].exp(), self.before, self.actions)
+
+    def bound(self, trust: Trust, confidence: float, chunk: int = 1) -> Tensor:
+        """What ``trust`` says of each dream after each step -> [W,H]."""
+        steps = torch.arange(self.error.shape[1]).clamp_max(trust.horizon)
+        return self.doubt(trust) * trust.widths(confidence, chunk)[steps]
+
+    def scores(self, trust: Trust) -> Tensor:
+        """Error over doubt -> [W,H]; NaN where there is no error to speak of."""
+        score = (self.error / self.doubt(trust)).nan_to_num(torch.inf, torch.inf)
+        return torch.where(self.error.isnan(), torch.nan, score)
+
+
 def fit_trust(
     fingerprint: str,
     known: Tensor,
-    before: Tensor,
-    actions: Tensor,
-    error: Tensor,
-    seen: Tensor,
+    teaching: Dreamed,
+    single: Dreamed,
+    longest: Dreamed,
     *,
     seed: int = 0,
     updates: int = 600,
 ) -> Trust:
-    """Learn the rule from the first half of W dreams of H steps, and take the quantiles from the others -> Trust.
+    """Learn the rule from some dreams, and take the quantiles from others -> Trust.
 
-    known: [S,O+A], what steps of the training data began at and played; before: [W,H,O], the observation that each step
-    began at, the first one real, the others dreamed; actions: [W,H,A]; error: [W,H], NaN where the real episode had
-    ended; seen: int64 [W], real frames before. Windows of one episode must stand together.
+    known: [S,O+A], what steps of the training data began at and played. single, longest: dreamed step by step, and in
+    the longest chunks.
     """
     generator = torch.Generator().manual_seed(seed)
-    trust = _untaught(fingerprint, known, error, generator)
-    cut, raw = len(error) // 2, torch.cat([before, actions], -1)
-    taught = _seen(torch, trust, raw[:cut].nan_to_num(0.0, 1e6, -1e6))
-    _teach(trust, taught, error[:cut], seen[:cut], generator, updates)
-    doubt = trust.follow(trust.first[seen.clamp_max(2) - 1].exp(), before, actions)
-    quantiles, counts = conformal(error[cut:] / doubt[cut:])
-    return replace(trust, quantiles=quantiles, counts=counts)
+    trust = _untaught(fingerprint, known, teaching.error, generator)
+    taught = _seen(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
+    _teach(trust, taught, teaching.error, teaching.seen, generator, updates)
+    (quantiles, counts), (chunked, _) = (conformal(dreams.scores(trust)) for dreams in (single, longest))
+    return replace(trust, quantiles=torch.stack([quantiles, chunked]), counts=counts)
 
 
 def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +228,7 @@ def _untaught(fingerprint: str, known: Tensor, error: Tensor, generator: torch.G
         0.1 * torch.randn(WIDTH, 2, generator=generator) / WIDTH**0.5,
         torch.zeros(2),
         torch.stack([begin, begin]),
-        torch.full((len(LEVELS), error.shape[1]), torch.inf),
+        torch.full((2, len(LEVELS), error.shape[1]), torch.inf),
         torch.zeros(error.shape[1], dtype=torch.int64),
     )
 
