@@ -15,7 +15,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		echo "make: Python 3.10 or later is needed; another one can be named: make install PYTHON=python3.12" >&2; \
 		exit 1; }
 	.venv/bin/pip install "$$(grep '^torch==' constraints.txt)"
-	.venv/bin/pip install -c constraints.txt -e ".[dev,mujoco,sb3]"
+	.venv/bin/pip install -c constraints.txt -e ".[dev,mujoco,sb3,robosuite]"
 	@touch $@
 
 demo: $(READY)

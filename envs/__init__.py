@@ -1,12 +1,17 @@
 """The real simulators: made, chunked, saved and restored, and offered to planners as the truth."""
 
 from .chunked import ChunkedActions
+from .embodiments import EMBODIMENTS, Embodiment
+from .experts import Expert
 from .make import make_real
 from .mujoco import draw, get_state, observation_of, set_state, state_from_observation
 from .oracle import SimulatorDynamics
 
 __all__ = [
+    "EMBODIMENTS",
     "ChunkedActions",
+    "Embodiment",
+    "Expert",
     "SimulatorDynamics",
     "draw",
     "get_state",

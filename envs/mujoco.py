@@ -30,9 +30,12 @@ def get_state(env: gym.Env) -> NDArray[np.float64]:
 
     For MuJoCo: the full integration state (time, qpos, qvel, act, the solver's warm start, ctrl, applied forces, ...),
     then ``xpos`` and ``xipos``, the places of the bodies, which MuJoCo leaves one substep behind qpos and from which
-    some tasks compute rewards and observations. For Pendulum-v1: angle (rad) and angular velocity (rad/s).
+    some tasks compute rewards and observations. For Pendulum-v1: angle (rad) and angular velocity (rad/s). robosuite's
+    tasks have a ``get_state`` and a ``set_state`` of their own, which are called here.
     """
     sim: Any = _supported(env)
+    if _keeps_own_state(sim):
+        return sim.get_state()
     return np.array(sim.state, dtype=np.float64) if isinstance(sim, PendulumEnv) else _pack(sim.model, sim.data)
 
 
@@ -43,6 +46,8 @@ def set_state(env: gym.Env, state: NDArray[np.float64]) -> None:
     not a part of it. Raises ValueError for a state of another size or with a NaN.
     """
     sim: Any = _supported(env)
+    if _keeps_own_state(sim):
+        return sim.set_state(state)
     pendulum = isinstance(sim, PendulumEnv)
     size = 2 if pendulum else integration_size(sim.model) + 6 * sim.model.nbody
     if state.shape != (size,) or not np.isfinite(state).all():
@@ -84,6 +89,8 @@ def state_from_observation(env: gym.Env, obs: ArrayLike, *, pose_only: bool = Fa
     task whose observation doesn't determine its state.
     """
     sim: Any = _supported(env)
+    if _keeps_own_state(sim):
+        raise TypeError(_undetermined(sim))
     shown = np.asarray(obs, dtype=np.float64)
     if shown.shape != sim.observation_space.shape or not np.isfinite(shown).all():
         raise ValueError(
@@ -117,7 +124,10 @@ def settle(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
     mujoco.mj_forward(sim.model, data)
     mujoco.mj_setState(sim.model, data, integration, INTEGRATION)  # mj_forward starts the solver anew
     data.qpos[:] = settled
-    return _pack(sim.model, data)
+    packed = _pack(sim.model, data)
+    if _keeps_own_state(sim):  # what follows the integration state there is not of bodies
+        packed = np.append(packed[: integration.size], state[integration.size :])
+    return packed
 
 
 def draw(env: gym.Env, obs: ArrayLike) -> Any:
@@ -152,11 +162,8 @@ def _positions_and_speeds(sim: Any, obs: NDArray[np.float64]) -> tuple[NDArray[n
             there, goal = obs[17:20] - origin["object"], obs[20:23] - origin["goal"]
             hidden = [np.nan, np.nan, 0.0, 0.0]  # the object slides unseen, the goal is never pushed
             return np.concatenate([obs[:7], there[[1, 0]], goal[[1, 0]]]), np.append(obs[7:14], hidden)
-        case name:
-            raise TypeError(
-                f"an observation of {name} doesn't determine the simulator's state, so it can be neither drawn nor "
-                "continued from; continue from an exact state (get_state, or SimulatorDynamics.capture)"
-            )
+        case _:
+            raise TypeError(_undetermined(sim))
 
 
 def _pack(model: Any, data: Any) -> NDArray[np.float64]:
@@ -167,6 +174,18 @@ def _pack(model: Any, data: Any) -> NDArray[np.float64]:
 
 def _unclipped(qvel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.abs(qvel) < SPEED_CLIP, qvel, np.nan)
+
+
+def _undetermined(sim: gym.Env) -> str:
+    return (
+        f"an observation of {_name(sim)} doesn't determine the simulator's state, so it can be neither drawn nor "
+        "continued from; continue from an exact state (get_state, or SimulatorDynamics.capture)"
+    )
+
+
+def _keeps_own_state(sim: gym.Env) -> bool:
+    """Whether ``sim`` is one of robosuite's tasks. Gymnasium's have a ``set_state`` too, but no ``get_state``."""
+    return hasattr(sim, "get_state")
 
 
 def _supported(env: gym.Env) -> gym.Env:

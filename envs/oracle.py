@@ -13,6 +13,7 @@ from torch import Tensor
 
 from world_model.contract import Imagined, Spec
 from world_model.state import LatentState
+from world_model.vectors import flatten
 
 from .make import make_real
 from .mujoco import (
@@ -48,8 +49,9 @@ class SimulatorDynamics:
     draw no noise after a reset, so it is only carried along). An episode that has ended stays where it is: its
     observation repeats, its rewards are 0 and ``terminated`` stays True.
 
-    Works for Pendulum-v1 and for Gymnasium's MuJoCo tasks; ``gym_kwargs`` are those of ``make_real``. Raises TypeError
-    for any other task. Not safe to share between threads: one simulator plays all rows, one after the other.
+    Works for Pendulum-v1, for Gymnasium's MuJoCo tasks and, but for Wipe, for robosuite's; ``gym_kwargs`` are those of
+    ``make_real``. Raises TypeError for any other task. Not safe to share between threads: one simulator plays all
+    rows, one after the other.
     """
 
     def __init__(self, env_id: str, chunk: int = 8, **gym_kwargs: Any):
@@ -180,7 +182,7 @@ class SimulatorDynamics:
             for k in range(steps):
                 if not done:
                     obs, out.reward[b, k], done, _, _ = self._sim.step(actions[b, k])
-                out.obs[b, k], out.terminated[b, k] = obs, done
+                out.obs[b, k], out.terminated[b, k] = flatten(self.spec.observation_space, obs), done
             out.simulator[b] = get_state(self._sim)
         return out
 

@@ -41,6 +41,22 @@ gymnasium.register(
     entry_point="kairos_gym.dream_env:DreamEnv",
     vector_entry_point="kairos_gym.dream_vector_env:DreamVectorEnv",
 )
+# Time limits at 20 steps a second, several times what a purposeful arm needs: Lift and Door are one movement, Stack and
+# one nut or one object each are two, and Wipe goes over a whole table.
+for _task, _steps in {
+    "Lift": 200,
+    "Stack": 300,
+    "Door": 300,
+    "NutAssembly": 500,
+    "PickPlace": 1000,
+    "Wipe": 500,
+}.items():
+    gymnasium.register(
+        id=f"robosuite/{_task}-v0",
+        entry_point="envs.robosuite:RobosuiteEnv",
+        kwargs={"task": _task},
+        max_episode_steps=_steps,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -110,6 +110,8 @@ class Dreams:
         self._born = np.zeros(self.batch, np.int64)  # where the clock stood when the episode began, more or less
         self._doubt = np.full(self.batch, np.nan, np.float32)  # NaN where nobody asked; see ``world_model.trust``
         self.any_ended, self._due = True, 0  # where the clock stands when the first dream reaches its limit
+        self._all, self._inner_steps = np.ones(self.batch, bool), np.arange(1, self.chunk + 1)
+        self._all.flags.writeable = False
         never = np.zeros(self.batch, bool)
         self._never = Ends(never, never, never)
         self._artist: Env | None = None
@@ -398,13 +400,14 @@ class Dreams:
 
     def _doubts(self, actions: Tensor, inner: Inner, at: Rows) -> _Doubts:
         """How wrong the dreams ``at`` may be after each of these inner steps."""
-        (present, known), trust = self.present(), self._trust
-        if inner.obs is None or not known[at].all():
+        if inner.obs is None or (self._inner_obs is None and not self._known[at].all()):
             raise ValueError("max_error and confidence follow the observations, so no step may have decode=False")
-        assert trust is not None
-        before = np.concatenate([to_numpy(present)[at, None], inner.obs[:, :-1]], 1)
-        doubt = trust.follow(self._doubt[at], before, to_numpy(actions))
-        steps = (self._clock - self._born[at])[:, None] + np.arange(1, self.chunk + 1)
+        assert self._trust is not None
+        before = to_numpy(self.present()[0])[at, None]
+        if self.chunk > 1:
+            before = np.concatenate([before, inner.obs[:, :-1]], 1)
+        doubt = self._trust.follow(self._doubt[at], before, to_numpy(actions))
+        steps = (self._clock - self._born[at])[:, None] + self._inner_steps
         widths = self._widths[np.minimum(steps, len(self._widths)) - 1]
         return _Doubts(doubt, doubt * widths, steps)
 
@@ -415,9 +418,9 @@ class Dreams:
         """Keep the doubt after so many inner ``steps`` (of a lost dream, none may count), and tell of it."""
         if doubts is None:
             return None
-        row, last = np.arange(len(at)), np.maximum(steps, 1) - 1
-        self._doubt[at] = doubts.doubt[row, last]
-        return Believed(doubts.bound[row, last], doubts.steps[row, last])
+        which = (slice(None), -1) if isinstance(steps, int) else (np.arange(len(at)), np.maximum(steps, 1) - 1)
+        self._doubt[at] = doubts.doubt[which]
+        return Believed(doubts.bound[which], doubts.steps[which])
 
     def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
         """What the user's own functions say of the imagined steps, in place of what the model says."""
@@ -445,7 +448,7 @@ class Dreams:
     def present(self) -> tuple[Tensor, NDArray[np.bool_]]:
         """The present observations [B,O], and which of them are known [B]; the others are zero."""
         if self._inner_obs is not None:
-            return self._inner_obs[:, -1], np.ones(self.batch, bool)
+            return self._inner_obs[:, -1], self._all
         size = self.model.spec.observation_box.shape[0]
         obs = torch.zeros(self.batch, size, device=self.device) if self._obs is None else self._obs
         return obs, self._known

@@ -145,7 +145,7 @@ def _grow(xp: Any, own: Any, doubt: Any, seen: Any) -> Any:
     for k in range(seen.shape[1]):
         doubt = (rates[:, k, 0] * doubt + rates[:, k, 1]).clip(None, FULL)
         after.append(doubt)
-    return xp.stack(after, 1)
+    return after[0][:, None] if len(after) == 1 else xp.stack(after, 1)
 
 
 class Dreamed(NamedTuple):
