@@ -30,6 +30,7 @@ def collect(
     episode_steps: int | None = None,
     behaviour: Behaviour = "mixed",
     policy_seed: int = 0,
+    workers: int = 1,
 ) -> None:
     """Record experience of a real simulator as a Minari dataset (kairos_gym.collect.collect).
 
@@ -45,6 +46,7 @@ def collect(
         behaviour: independent actions, actions held for 1 to 8 steps, the two by turns, or ten policies by turns, from
             doing nothing to trained ones (which are trained first where they haven't been, a few minutes)
         policy_seed: of the training of those policies
+        workers: how many processes play; the data are the same for any number
     """
     from kairos_gym.collect import collect
 
@@ -57,6 +59,7 @@ def collect(
         episode_steps=episode_steps,
         behaviour=behaviour,
         policy_seed=policy_seed,
+        workers=workers,
     )
     print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
 

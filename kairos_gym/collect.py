@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 import gymnasium as gym
 import minari
@@ -23,16 +23,13 @@ from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from kairos_gym.policies import Policy, fingerprint, ladder
+from kairos_gym.playing import Behaviour, Episode, Script, play_on
+from kairos_gym.policies import Policy, fingerprint
 from world_model.episodes import spec_of
 
-Behaviour = Literal["uniform", "held", "mixed", "ladder"]
-Episode = dict[str, NDArray[Any]]
-LONGEST_HOLD = 8  # steps
 HEADER = struct.Struct("<QI")  # a journal record's length in bytes and its checksum
 
 
@@ -47,6 +44,7 @@ def collect(
     behaviour: Behaviour = "mixed",
     policy_seed: int = 0,
     policy: Callable[[Any], Any] | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> minari.MinariDataset:
     """Plays whole episodes of the simulator ``env_id`` and keeps them as the Minari dataset ``dataset_id``.
@@ -64,20 +62,23 @@ def collect(
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
         unbroken one only if the policy is a pure function.
 
-    Each finished episode is on disk at once: a run that is killed loses only the episode it was in, and the same
-    command goes on from there. Where the dataset exists already, it is returned as it is.
+    workers: processes that play; the data are the same for any number of them. With more than one, a script needs
+        ``if __name__ == "__main__":`` around the call, and ``policy`` must be picklable.
+
+    Each finished episode is on disk at once: a run that is killed loses only the episodes it was in, and the same
+    command goes on from there. A worker that dies is replaced. Where the dataset exists already, it is returned as it
+    is.
 
     Raises ValueError for a wrong argument, for an action that the simulator doesn't take, and where ``dataset_id``
-    holds, finished or not, what another command collected; RuntimeError where another process is collecting it now.
+    holds, finished or not, what another command collected; RuntimeError where another process is collecting it now, and
+    where workers die again and again.
     """
-    from envs import make_real  # the roof loads no simulator before somebody needs one
-
-    _check_arguments(dataset_id, seed, steps, episodes, episode_steps, behaviour, policy)
-    limit = {} if episode_steps is None else {"max_episode_steps": episode_steps}
-    env = make_real(env_id, **limit)
+    _check_arguments(dataset_id, seed, steps, episodes, episode_steps, behaviour, policy, workers)
+    script = Script(env_id, episode_steps, seed, behaviour, policy_seed, policy)
+    env = script.env()
     try:
         _check_env(env)
-        turns = ladder(env_id, seed=policy_seed, progress=progress) if behaviour == "ladder" else []
+        turns = script.turns(progress)
         recipe = _recipe(env_id, env, seed, episode_steps, behaviour, policy)
         if turns:
             recipe |= {"policy_seed": policy_seed, "policies": fingerprint(env_id, turns)}
@@ -92,7 +93,7 @@ def collect(
         with open(part / "episodes.journal", "a+b") as journal:
             _lock(journal, dataset_id)
             _keep_recipe(part / "recipe.json", recipe, dataset_id)
-            _collect_missing(env, journal, seed, amount, behaviour, turns, policy, part, progress)
+            _collect_missing(script, env, journal, amount, turns, workers, part, progress)
             _write_dataset(env, journal, dataset_id, recipe, amount, part / "dataset")
         (part / "dataset").rename(final)
         shutil.rmtree(part)
@@ -128,6 +129,7 @@ def _check_arguments(
     episode_steps: int | None,
     behaviour: str,
     policy: Callable[[Any], Any] | None,
+    workers: int,
 ) -> None:
     try:
         parse_dataset_id(dataset_id)
@@ -140,7 +142,12 @@ def _check_arguments(
         raise ValueError(f"seed must be 0 or more, got {seed}")
     if (steps is None) == (episodes is None):
         raise ValueError(f"give either steps or episodes, got steps={steps} and episodes={episodes}")
-    for name, value in (("steps", steps), ("episodes", episodes), ("episode_steps", episode_steps)):
+    for name, value in (
+        ("steps", steps),
+        ("episodes", episodes),
+        ("episode_steps", episode_steps),
+        ("workers", workers),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if behaviour not in get_args(Behaviour):
@@ -226,21 +233,22 @@ def _keep_recipe(path: Path, recipe: dict[str, Any], dataset_id: str) -> None:
 
 
 def _collect_missing(
+    script: Script,
     env: gym.Env,
     journal: BinaryIO,
-    seed: int,
     amount: dict[str, int],
-    behaviour: str,
     turns: list[Policy],
-    policy: Callable[[Any], Any] | None,
+    workers: int,
     part: Path,
     progress: bool,
 ) -> None:
     """Plays the episodes that the journal doesn't hold yet and appends each as soon as it ends."""
     ((unit, goal),) = amount.items()
     played = steps = 0
+    solved: list[bool] = []
     for episode in _read(journal):
         played, steps = played + 1, steps + len(episode["rewards"])
+        solved += episode.get("success", np.array([], bool)).tolist()
     journal.truncate(journal.tell())  # a record that was cut short
     done = min(goal, steps if unit == "steps" else played)
     bar = tqdm(total=goal, unit=unit[:-1], initial=done, disable=not progress)
@@ -248,74 +256,24 @@ def _collect_missing(
         before = f"going on after {played} episodes; " if played else ""
         go_on = "if this is stopped, the same command goes on: finished episodes are kept in"
         bar.write(f"{before}{go_on} {part}", file=sys.stderr)
+    stream = play_on(script, env, turns, played, workers)
     try:
         while done < goal:
-            episode = _play(env, seed, played, behaviour, turns, policy)
+            episode = next(stream)
             _append(journal, episode)
             played, steps = played + 1, steps + len(episode["rewards"])
+            solved += episode.get("success", np.array([], bool)).tolist()
             done = min(goal, steps if unit == "steps" else played)
-            bar.set_postfix_str(f"{played} episodes, {steps} steps", refresh=False)
+            rate = f", {np.mean(solved):.0%} solved" if solved else ""
+            bar.set_postfix_str(f"{played} episodes, {steps} steps{rate}", refresh=False)
             bar.update(done - bar.n)
     except KeyboardInterrupt:
         saved = f"stopped: {played} episodes with {steps} steps are saved in {part}; the same command goes on"
         bar.write(saved, file=sys.stderr)
         raise
     finally:
+        stream.close()
         bar.close()
-
-
-def _play(
-    env: gym.Env, seed: int, index: int, behaviour: str, turns: list[Policy], policy: Callable[[Any], Any] | None
-) -> Episode:
-    """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
-
-    Where there are ``turns``, one of them plays it.
-    """
-    rng = np.random.default_rng([seed, index])
-    env_seed = int(rng.integers(2**31))
-    held = behaviour == "held" or (behaviour == "mixed" and index % 2 == 1)
-    drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
-    obs, _ = env.reset(seed=env_seed)
-    observations, rewards = [obs], []
-    actions: list[Any] = []
-    terminations: list[bool] = []
-    truncations: list[bool] = []
-    while not (terminations and (terminations[-1] or truncations[-1])):
-        if turns:
-            action = turns[index % len(turns)].act(_alone(obs), len(actions), np.array([env_seed]))[0]
-        else:
-            action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        observations.append(obs)
-        actions.append(action)
-        rewards.append(float(reward))
-        terminations.append(bool(terminated))
-        truncations.append(bool(truncated))
-    return {
-        "seed": np.array([env_seed]),
-        **_stacked("observations", observations),
-        "actions": np.stack(actions),
-        "rewards": np.array(rewards),
-        "terminations": np.array(terminations),
-        "truncations": np.array(truncations),
-    }
-
-
-def _alone(obs: Any) -> Any:
-    """An observation as a batch of one."""
-    return (
-        {key: np.asarray(part)[None] for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
-    )
-
-
-def _stacked(name: str, values: list[Any]) -> Episode:
-    """Elements of a space as columns [T,...]; the parts of a Dict have their keys in their column's name."""
-    if not isinstance(values[0], dict):
-        return {name: np.stack(values)}
-    columns: Episode = {}
-    for key in values[0]:
-        columns |= _stacked(f"{name}/{key}", [value[key] for value in values])
-    return columns
 
 
 def _unstacked(name: str, episode: Episode) -> Any:
@@ -324,25 +282,6 @@ def _unstacked(name: str, episode: Episode) -> Any:
         return episode[name]
     keys = dict.fromkeys(column.removeprefix(f"{name}/").split("/")[0] for column in episode if column.startswith(name))
     return {key: _unstacked(f"{name}/{key}", episode) for key in keys}
-
-
-def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterator[Any]:
-    """Uniform actions without end, each for a uniform number of steps from 1 to ``longest``."""
-    while True:
-        if isinstance(space, spaces.Discrete):
-            action = space.start + rng.integers(space.n)
-        else:
-            assert isinstance(space, spaces.Box)
-            action = rng.uniform(space.low, space.high).astype(space.dtype)
-        for _ in range(rng.integers(1, longest + 1)):
-            yield action
-
-
-def _policy_action(policy: Callable[[Any], Any], obs: Any, space: gym.Space) -> NDArray[Any]:
-    action = np.asarray(policy(obs), dtype=space.dtype)
-    if not space.contains(action):
-        raise ValueError(f"the policy's action {action!r} is not in the action space {space}: rescale what it returns")
-    return action
 
 
 def _append(journal: BinaryIO, episode: Episode) -> None:

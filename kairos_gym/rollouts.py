@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kairos_gym.doors import Doors
 from kairos_gym.judge import to_numpy
+from kairos_gym.playing import says_success
 from kairos_gym.policies import Policy
 from world_model.contract import Dynamics
 from world_model.episodes import Episodes, spec_of
@@ -118,7 +119,7 @@ def play_real(
                     total[p, e] += float(reward)
                     if terminated:
                         last[p, e], ended[p, e] = t + 1, True
-                    solved = _says_success(info)
+                    solved = says_success(info)
                     defined |= solved is not None
                     if success_fn is not None:
                         solved = bool(_ask(success_fn, doors.shown(seen[e][-1][None]))[0])
@@ -191,19 +192,11 @@ def _unsolved(sim: Any, episodes: int, seed: int, success_fn: SuccessFn | None) 
             )
         obs, info = sim.reset(seed=seed + tried)
         shown = {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
-        solved = bool(_says_success(info)) or (success_fn is not None and bool(_ask(success_fn, shown)[0]))
+        solved = bool(says_success(info)) or (success_fn is not None and bool(_ask(success_fn, shown)[0]))
         if not solved:
             fresh.append(seed + tried)
         tried += 1
     return np.array(fresh), tried - episodes
-
-
-def _says_success(info: dict[str, Any]) -> bool | None:
-    """What the simulator itself says; None where it says nothing."""
-    for key in ("is_success", "success"):
-        if key in info:
-            return bool(info[key])
-    return None
 
 
 def _ask(success_fn: SuccessFn, shown: Any) -> NDArray[np.bool_]:

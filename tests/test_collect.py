@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import minari
@@ -39,6 +40,42 @@ def test_the_same_command_gives_the_same_data_and_another_seed_other_data() -> N
     assert len({episode[0] for episode in first}) == 4, "every episode has its own seed"
     assert record(collect("Reacher-v5", "c-v0", seed=2, episodes=4, progress=False)) != first
     assert record(collect("Reacher-v5", "d-v0", seed=1, episodes=2, progress=False)) == first[:2]
+
+
+def test_several_workers_give_the_same_data() -> None:
+    one = collect("Reacher-v5", "one-v0", seed=1, episodes=7, progress=False)
+    two = collect("Reacher-v5", "two-v0", seed=1, episodes=7, workers=2, progress=False)
+    assert record(one) == record(two)
+    whole = collect("Pendulum-v1", "steps-v0", seed=1, steps=450, episode_steps=100, workers=2, progress=False)
+    assert whole.total_episodes == 5
+
+
+class Deadly:
+    """A policy that kills its process at its n-th action; with a ``mark``, a file, only the first time."""
+
+    def __init__(self, n: int, mark: Path | None = None):
+        self.n, self.mark, self.calls = n, mark, 0
+
+    def __call__(self, obs: np.ndarray) -> list[float]:
+        self.calls += 1
+        if self.calls == self.n and not (self.mark and self.mark.exists()):
+            if self.mark:
+                self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [0.0]
+
+
+def test_a_worker_that_dies_is_replaced(datasets: Path) -> None:
+    about: dict[str, Any] = dict(seed=3, episodes=8, workers=2, progress=False)
+    mark = datasets / "mark"
+    whole = collect("Pendulum-v1", "dies-v0", policy=Deadly(250, mark), **about)
+    assert mark.exists() and whole.total_episodes == 8
+    assert record(collect("Pendulum-v1", "calm-v0", policy=Deadly(250, mark), **about)) == record(whole)
+
+
+def test_workers_that_keep_dying_are_given_up(datasets: Path) -> None:
+    with pytest.raises(RuntimeError, match="workers died 3 times before episode 0"):
+        collect("Pendulum-v1", "dead-v0", seed=3, episodes=8, workers=2, progress=False, policy=Deadly(50))
 
 
 def test_what_is_kept_is_what_the_simulator_gave() -> None:
@@ -205,6 +242,7 @@ def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
         ({"episodes": -1}, "episodes must be at least 1"),
         ({"steps": 1, "episode_steps": 0}, "episode_steps must be at least 1"),
         ({"steps": 1, "seed": -1}, "seed must be 0 or more"),
+        ({"steps": 1, "workers": 0}, "workers must be at least 1"),
         ({"steps": 1, "behaviour": "wild"}, "'uniform', 'held', 'mixed', 'ladder'"),
         ({"steps": 1, "behaviour": "held", "policy": Interrupted(0)}, "leave out behaviour"),
         ({"steps": 1, "dataset_id": "no version"}, "'name-v0'"),

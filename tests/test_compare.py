@@ -220,7 +220,7 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
         card["data"]["fingerprint"] = "another"
         with pytest.raises(ValueError, match="holds other episodes"):
             experience(card)
-        patch.setattr("kairos_gym.collect.ladder", lambda env_id, **_: policies(env_id))
+        patch.setattr("kairos_gym.playing.ladder", lambda env_id, **_: policies(env_id))
         card["data"] |= {"behaviour": "ladder", "policy_seed": 0, "dataset": "pp/ladder-v0"}
         assert not experience(card).same, "trained policies are others on another machine, the recipe is the same"
         card["data"]["seed"] += 1
