@@ -32,9 +32,9 @@ def calibrate(
     these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1 to 16 real frames, and
     go on for up to 64 steps.
 
-    Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or they hold too few
-    such episodes, FileNotFoundError without such a model or dataset, and what ``experience`` raises where the model's
-    training data can't be had.
+    Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or holds an episode that
+    the model was trained on, and where they hold too few episodes; FileNotFoundError without such a model or dataset;
+    and what ``experience`` raises where the model's training data can't be had.
     """
     world = load(model)
     if out is None and not Path(model).is_dir():
@@ -50,7 +50,11 @@ def calibrate(
         if not fresh:
             raise ValueError(f"training used all of {name}: record another dataset")
         parts.append(Episodes.from_minari(dataset, fresh))
-    trust_in(world, experience(world.card).episodes, parts, names, seed=seed)
+    trained_on = experience(world.card).episodes
+    for name, part in zip(names, parts, strict=True):
+        if known := int(trained_on.holds(part).sum()):
+            raise ValueError(f"{known} episodes of {name} are in the model's training data: record others")
+    trust_in(world, trained_on, parts, names, seed=seed)
     world.save_pretrained(Path(model) if out is None else out)
     return world
 
@@ -61,13 +65,9 @@ def trust_in(
     """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, the datasets ``names``.
 
     The first half of the datasets teaches the rule; of a single one, the first half of its episodes.
-    Raises ValueError where they give too few dreams, or hold steps that the model was trained on.
+    Raises ValueError where they give too few dreams.
     """
     episodes = Episodes.join(parts)
-    if (known := trained_on.shared(episodes)).any():
-        raise ValueError(
-            f"{int(known.sum())} steps of {', '.join(names)} are in the model's training data: record others"
-        )
     windows, teach = draw(episodes, seed), len(parts) // 2
     first = episodes.starts()
     boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[:teach])

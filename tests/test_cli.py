@@ -272,6 +272,10 @@ def test_calibrate_and_compare(
     main(["calibrate", "model", "kairos/more-v0", "kairos/third-v0"])
     assert "Calibrated on 40 dreams of 1 step, " in capsys.readouterr().out
     assert load("model").card["trust"]["calibrated_on"] == ["kairos/more-v0", "kairos/third-v0"]
+    main(["collect", "Pendulum-v1", "kairos/again-v0", "--episodes", "6", "--episode-steps", "40"])
+    capsys.readouterr()
+    said = mistake(capsys, "calibrate", "model", "kairos/more-v0", "kairos/again-v0")
+    assert "4 episodes of kairos/again-v0 are in the model's training data" in said
     assert "not a folder" in mistake(capsys, "calibrate", "pendulum", "kairos/more-v0")
     assert "was recorded in Pendulum-v1" in mistake(
         capsys, "calibrate", "reacher", "kairos/more-v0", "--out", "elsewhere"

@@ -57,6 +57,16 @@ def test_joined_episodes_stay_in_order() -> None:
             Episodes.join(parts)
 
 
+def test_episodes_that_are_known_are_found() -> None:
+    some = Episodes.stack([episode(3, 0), episode(2, 1)])
+    assert some.holds(Episodes.stack([episode(2, 1), episode(3, 2), episode(4, 0), episode(0, 0)])).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 def with_part(place: int, value: Any) -> list[Episode]:
     good = list(episode(3, 1))
     good[place] = value

@@ -113,6 +113,13 @@ class Episodes:
         found[at] = torch.from_numpy(np.isin(asked, known))
         return found
 
+    def holds(self, other: Episodes) -> Tensor:
+        """Which episodes of ``other`` are, step by step, among these -> bool [E]; never one without a step."""
+        first = other.starts()
+        number = (other.index == 0).cumsum(0) - 1
+        known = torch.zeros(len(first)).index_add(0, number, self.shared(other).float())
+        return (known == other.left[first]) & (other.left[first] > 0)
+
     def cut(self, steps: int) -> Episodes:
         """Only the first ``steps`` steps of every episode."""
         keep = self.index <= steps
