@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor
 
 from kairos_gym.calibrate import doubted
@@ -24,7 +23,7 @@ from world_model.baselines import fit_constant, fit_ensemble, fit_linear
 from world_model.bounds import MemoryDrift, memory_drift
 from world_model.contract import Dynamics, Imagined
 from world_model.model import WorldModel
-from world_model.vectors import flat_box
+from world_model.vectors import alike
 
 
 def compare(
@@ -282,8 +281,7 @@ def _expect_spaces(world: Any, name: str, env_id: str) -> None:
     env = make_real(env_id)
     for space in ("observation_space", "action_space"):
         ours, theirs = getattr(world.spec, space), getattr(env, space)
-        keys = [list(part) if isinstance(part, spaces.Dict) else None for part in (ours, theirs)]
-        if type(ours) is not type(theirs) or keys[0] != keys[1] or flat_box(ours).shape != flat_box(theirs).shape:
+        if not alike(ours, theirs):
             raise ValueError(f"{name} has an {space} {ours}, {env_id} {theirs}: is it its simulator?")
     env.close()
 

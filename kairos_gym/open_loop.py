@@ -16,6 +16,7 @@ from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
 from world_model.model import WorldModel
+from world_model.vectors import alike
 
 CONTEXT = 16  # real frames that a model sees before its dream is scored
 
@@ -216,6 +217,6 @@ def expect_simulator(model: WorldModel, name: str, dataset: Any) -> None:
     if ours and theirs and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
         raise ValueError(f"{name} dreams {ours}, but dataset {dataset.id} was recorded in {theirs}")
     for space in ("observation_space", "action_space"):
-        shape, other = getattr(model.spec, space).shape, getattr(dataset, space).shape
-        if shape != other:
-            raise ValueError(f"{name} has an {space} of shape {shape}, dataset {dataset.id} one of {other}")
+        mine, other = getattr(model.spec, space), getattr(dataset, space)
+        if not alike(mine, other):
+            raise ValueError(f"{name} has the {space} {mine}, dataset {dataset.id} has {other}")

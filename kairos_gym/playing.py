@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kairos_gym.policies import Policy, ladder
+from kairos_gym.policies import Policy, alone, ladder
 
 Behaviour = Literal["uniform", "held", "mixed", "ladder"]
 Episode = dict[str, NDArray[Any]]
@@ -103,7 +103,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
     solved: bool | None = None
     while not (terminations and (terminations[-1] or truncations[-1])):
         if turns:
-            action = turns[index % len(turns)].act(_alone(obs), len(actions), np.array([env_seed]))[0]
+            action = turns[index % len(turns)].act(alone(obs), len(actions), np.array([env_seed]))[0]
         else:
             action = next(drawn) if script.policy is None else _policy_action(script.policy, obs, env.action_space)
         obs, reward, terminated, truncated, info = env.step(action)
@@ -154,13 +154,6 @@ def _begin(script: Script) -> None:
 def _play(index: int) -> Episode:
     assert _mine is not None
     return play(*_mine, index)
-
-
-def _alone(obs: Any) -> Any:
-    """An observation as a batch of one."""
-    return (
-        {key: np.asarray(part)[None] for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
-    )
 
 
 def _stacked(name: str, values: list[Any]) -> Episode:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from world_model.noise import bits, normal
+from world_model.vectors import alike
 
 Seeds = NDArray[np.int64]
 HOLD = 8  # steps for which "held" keeps an action
@@ -143,7 +144,7 @@ def load(source: str, env_id: str) -> Policy:
     ours, theirs = (model.observation_space, model.action_space), (env.observation_space, env.action_space)
     env.close()
     for a, b in zip(ours, theirs, strict=True):
-        if type(a) is not type(b) or a.shape != b.shape:
+        if not alike(a, b):
             raise ValueError(f"the policy {path} is for {a}, {env_id} has {b}")
     return _of(model, Path(path).stem)
 
@@ -156,10 +157,15 @@ def fingerprint(env_id: str, policies: Sequence[Policy]) -> str:
     digest = hashlib.sha256(version("kairos_gym").encode())
     obs, _ = env.reset(seed=0)
     env.close()
-    shown = {key: np.asarray(part)[None] for key, part in obs.items()} if isinstance(obs, dict) else obs[None]
+    shown = alone(obs)
     for policy in policies:
         digest.update(policy.name.encode() + np.ascontiguousarray(policy.act(shown, 3, np.array([7]))).tobytes())
     return digest.hexdigest()[:16]
+
+
+def alone(obs: Any) -> Any:
+    """An observation as a batch of one."""
+    return {key: alone(part) for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
 
 
 def _train(env: Any, algorithm: str, seed: int, stages: list[int], files: list[Path]) -> None:

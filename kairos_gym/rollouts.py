@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kairos_gym.doors import Doors
 from kairos_gym.judge import to_numpy
 from kairos_gym.playing import says_success
-from kairos_gym.policies import Policy
+from kairos_gym.policies import Policy, alone
 from world_model.contract import Dynamics
 from world_model.episodes import Episodes, spec_of
 from world_model.vectors import flatten
@@ -191,7 +191,7 @@ def _unsolved(sim: Any, episodes: int, seed: int, success_fn: SuccessFn | None) 
                 "measures nothing; ask more of success_fn"
             )
         obs, info = sim.reset(seed=seed + tried)
-        shown = {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+        shown = alone(obs)
         solved = bool(says_success(info)) or (success_fn is not None and bool(_ask(success_fn, shown)[0]))
         if not solved:
             fresh.append(seed + tried)

@@ -19,7 +19,7 @@ from kairos_gym.collect import collect
 from kairos_gym.train import train
 from world_model.contract import Spec
 from world_model.model import WorldModel
-from world_model.vectors import ActionCheck, chunked, flat_box, flatten, unflatten
+from world_model.vectors import ActionCheck, alike, chunked, flat_box, flatten, unflatten
 
 BOX = spaces.Box(np.array([[-1, 0], [2, -5]], np.float32), np.array([[1, 3], [4, np.inf]], np.float32))
 SPACES: dict[str, spaces.Space] = {
@@ -142,3 +142,18 @@ def test_from_the_simulator_to_the_dream(simulator: str, tmp_path: Path, monkeyp
             assert real.observation_space.contains(obs)
             if terminated or truncated:
                 break
+
+
+def test_spaces_are_alike_whatever_their_bounds() -> None:
+    box, wide = spaces.Box(-1, 1, (2,)), spaces.Box(-9, 9, (2,))
+    pair = spaces.Dict({"a": box, "b": spaces.Discrete(3)})
+    assert alike(box, wide) and alike(pair, spaces.Dict({"a": wide, "b": spaces.Discrete(3)}))
+    for one, other in (
+        (box, spaces.Box(-1, 1, (3,))),
+        (box, spaces.Discrete(2)),
+        (spaces.Discrete(3), spaces.Discrete(3, start=1)),
+        (pair, spaces.Dict({"a": box})),
+        (pair, spaces.Dict({"a": box, "c": spaces.Discrete(3)})),
+        (pair, spaces.Dict({"a": box, "b": spaces.Discrete(4)})),
+    ):
+        assert not alike(one, other) and not alike(other, one)

@@ -16,6 +16,15 @@ def flat_box(space: spaces.Space) -> spaces.Box:
     return box
 
 
+def alike(one: spaces.Space, other: spaces.Space) -> bool:
+    """Whether two spaces are of one kind, part by part, and as large; their bounds may differ."""
+    if isinstance(one, spaces.Dict) and isinstance(other, spaces.Dict):
+        return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+    if isinstance(one, spaces.Discrete) and isinstance(other, spaces.Discrete):
+        return bool(one.n == other.n and one.start == other.start)
+    return type(one) is type(other) and one.shape == other.shape
+
+
 def flatten(space: spaces.Space, values: Any) -> NDArray[Any]:
     """Elements of ``space``, stacked along any leading dimensions [...] -> [...,n].
 
