@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.calibrate import doubted, draw
+from kairos_gym.calibrate import doubted, draw, taught
 from kairos_gym.comparison import steps_of
 from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.models import load
@@ -36,9 +36,10 @@ def trust(task: str, dreams: int = 500) -> None:
     model = load(task)
     learned = model.trust
     assert learned is not None, "shipped models are calibrated"
-    sets = {name: draw(Episodes.join(parts), 1) for name, parts in calibration(RECIPES[task]).items()}
-    half = len(sets["calibration"].at) // 2  # those before taught the rule
-    have = {name: _some(windows, half if name == "calibration" else 0, dreams) for name, windows in sets.items()}
+    have = {}
+    for name, parts in calibration(RECIPES[task]).items():
+        windows = draw(Episodes.join(parts), 1)
+        have[name] = _some(windows, taught(windows, parts) if name == "calibration" else 0, dreams)
     seen_by = {name: (windows, doubted(model, windows, model.scaling.obs_std)) for name, windows in have.items()}
     signals: dict[str, Callable[[Windows, Dreamed], Tensor]] = {
         "steps alone": lambda windows, seen: torch.ones_like(seen.error),

@@ -68,10 +68,8 @@ def trust_in(
     Raises ValueError where they give too few dreams.
     """
     episodes = Episodes.join(parts)
-    windows, teach = draw(episodes, seed), len(parts) // 2
-    first = episodes.starts()
-    boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[:teach])
-    cut = int((windows.at < boundary).sum())
+    windows = draw(episodes, seed)
+    cut = taught(windows, parts)
     if min(cut, len(windows.at) - cut) < LEAST // 2:
         raise ValueError(
             f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
@@ -91,6 +89,13 @@ def trust_in(
         **world.card,
         "trust": {"calibrated_on": list(names), "dreams": {f"h{h}": int(counts[h - 1]) for h in (1, 8, 32, 64)}},
     }
+
+
+def taught(windows: Windows, parts: Sequence[Episodes]) -> int:
+    """How many of the ``windows`` of all ``parts`` teach the rule; those behind them are measured."""
+    first = windows.episodes.starts()
+    boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[: len(parts) // 2])
+    return int((windows.at < boundary).sum())
 
 
 def draw(episodes: Episodes, seed: int) -> Windows:

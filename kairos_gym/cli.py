@@ -199,9 +199,10 @@ def calibrate(model: Model, dataset_ids: Datasets, out: Path | None = None, seed
         seed: of everything drawn at random
     """
     from kairos_gym.calibrate import calibrate
+    from kairos_gym.comparison import steps_of
 
     told = calibrate(model, dataset_ids, out, seed=seed).card["trust"]["dreams"]
-    print("Calibrated on", ", ".join(f"{n} dreams of {h[1:]} step{'s' * (h != 'h1')}" for h, n in told.items() if n))
+    print("Calibrated on", ", ".join(f"{n} dreams of {steps_of(h[1:])}" for h, n in told.items() if n))
 
 
 def compare(

@@ -61,7 +61,6 @@ def collect(
     policy_seed: of the training of the ladder's policies.
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
         unbroken one only if the policy is a pure function.
-
     workers: processes that play; the data are the same for any number of them. With more than one, a script needs
         ``if __name__ == "__main__":`` around the call, and ``policy`` must be picklable.
 

@@ -123,7 +123,7 @@ class Comparison:
         rollouts, names = self.rollouts, [policy.name for policy in self.rollouts.policies]
         h = self.horizons
         reward = self.windows.real[2][self.windows.real[4]]
-        mine = self.errors[MODEL]
+        mine, drift = self.errors[MODEL], self.drift(self.dreamed)
         found = {
             "model": self.name,
             "env": rollouts.env_id,
@@ -159,7 +159,7 @@ class Comparison:
                 for name, e in self.errors.items()
             },
             "ends": asdict(self.ends),
-            "drift": {t: self.drift(self.dreamed)[t - 1].tolist() for t in h},
+            "drift": {t: drift[t - 1].tolist() for t in h},
             "policies": {
                 name: {
                     "simulated": _played(rollouts.result, p),

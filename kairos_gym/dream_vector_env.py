@@ -88,8 +88,6 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._check = ActionCheck(self.action_space)
-        self._everywhere = np.ones(self.num_envs, bool)
-        self._everywhere.flags.writeable = False  # every info points to it
 
     @property
     def model(self) -> Dynamics:
@@ -271,10 +269,10 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             dreams.reset(np.flatnonzero(dreams.ended))
         step = dreams.step(actions, decode=decode)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP or not dreams.any_ended:
-            return _Went(step, self._everywhere, None, False)
+            return _Went(step, dreams.everywhere, None, False)
         done = dreams.ended.copy()
         dreams.reset(np.flatnonzero(done))
-        return _Went(step, self._everywhere, done, True)
+        return _Went(step, dreams.everywhere, done, True)
 
     def _structured(self, obs: Tensor) -> Any:
         return unflatten(self.model.spec.observation_space, self._dreams.doors.within(obs))

@@ -110,8 +110,8 @@ class Dreams:
         self._born = np.zeros(self.batch, np.int64)  # where the clock stood when the episode began, more or less
         self._doubt = np.full(self.batch, np.nan, np.float32)  # NaN where nobody asked; see ``world_model.trust``
         self.any_ended, self._due = True, 0  # where the clock stands when the first dream reaches its limit
-        self._all, self._inner_steps = np.ones(self.batch, bool), np.arange(1, self.chunk + 1)
-        self._all.flags.writeable = False
+        self.everywhere, self._inner_steps = np.ones(self.batch, bool), np.arange(1, self.chunk + 1)
+        self.everywhere.flags.writeable = False  # infos point to it
         never = np.zeros(self.batch, bool)
         self._never = Ends(never, never, never)
         self._artist: Env | None = None
@@ -176,7 +176,7 @@ class Dreams:
         self._place(at, obs[:, -1].clone())
         self._seed[at], self._episode[at], self._born[at], self.ended[at] = seed, episode, self._clock, False
         if self._trust is not None:
-            self._doubt[at] = self._trust.begin(len(at), obs.shape[1]).numpy()
+            self._doubt[at] = self._trust.begin(torch.full((len(at),), obs.shape[1])).numpy()
         self._count()
 
     def step(self, actions: Tensor, rows: Rows | None = None, *, decode: bool = True) -> Step:
@@ -448,7 +448,7 @@ class Dreams:
     def present(self) -> tuple[Tensor, NDArray[np.bool_]]:
         """The present observations [B,O], and which of them are known [B]; the others are zero."""
         if self._inner_obs is not None:
-            return self._inner_obs[:, -1], self._all
+            return self._inner_obs[:, -1], self.everywhere
         size = self.model.spec.observation_box.shape[0]
         obs = torch.zeros(self.batch, size, device=self.device) if self._obs is None else self._obs
         return obs, self._known

@@ -60,7 +60,10 @@ def taught() -> Trust:
 
 def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Trust) -> None:
     before, actions, error, _ = toy(2000, 1)
-    bound = taught.follow(taught.begin(len(error), 1), before, actions) * taught.widths(0.9)[:20]
+    bound = (
+        taught.follow(taught.begin(torch.ones(len(error), dtype=torch.int64)), before, actions)
+        * taught.widths(0.9)[:20]
+    )
     held = (error <= bound).float().mean(0)
     assert held.min() > 0.86 and held.max() < 0.94
     bad = before[:, 0, 0] > 0
@@ -84,13 +87,13 @@ def test_doubt_is_larger_far_from_what_the_model_was_trained_on() -> None:
     ends = {}
     for place in (0.0, -2.0):
         before, actions, _, seen = played(place)
-        ends[place] = trust.follow(trust.begin(len(seen), 1), before, actions)[:, -1].median()
+        ends[place] = trust.follow(trust.begin(seen), before, actions)[:, -1].median()
     assert ends[-2.0] > 2 * ends[0.0]
 
 
 def test_numpy_and_torch_follow_alike(taught: Trust) -> None:
     before, actions, error, _ = toy(50, 1)
-    doubt = taught.begin(len(error), 1)
+    doubt = taught.begin(torch.ones(len(error), dtype=torch.int64))
     quick = taught.follow(doubt.numpy(), before.numpy(), actions.numpy())
     assert quick.dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(quick), taught.follow(doubt, before, actions), rtol=1e-4, atol=1e-7)

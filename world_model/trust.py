@@ -72,9 +72,9 @@ class Trust:
                 "calibrated on: ask for less, or kairos calibrate with more episodes"
             )
 
-    def begin(self, batch: int, seen: int) -> Tensor:
-        """The doubt of B dreams that have just seen ``seen`` real frames -> [B]."""
-        return self.first[min(seen, 2) - 1].exp().expand(batch)
+    def begin(self, seen: Tensor) -> Tensor:
+        """The doubt of B dreams that have just seen so many real frames, int64 [B] -> [B]."""
+        return self.first[seen.clamp_max(2) - 1].exp()
 
     def follow(self, doubt: Any, before: Any, actions: Any) -> Any:
         """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
@@ -162,7 +162,7 @@ class Dreamed(NamedTuple):
 
     def doubt(self, trust: Trust) -> Tensor:
         """What the bound is a multiple of -> [W,H]."""
-        return trust.follow(trust.first[self.seen.clamp_max(2) - 1].exp(), self.before, self.actions)
+        return trust.follow(trust.begin(self.seen), self.before, self.actions)
 
     def bound(self, trust: Trust, confidence: float, chunk: int = 1) -> Tensor:
         """What ``trust`` says of each dream after each step -> [W,H]."""
@@ -246,7 +246,7 @@ def _teach(trust: Trust, inputs: Tensor, error: Tensor, seen: Tensor, generator:
         optimiser.param_groups[0]["lr"] = 5e-3 * (0.5 + 0.5 * math.cos(math.pi * update / updates))
         rows = torch.randint(len(error), (128,), generator=generator)
         noise = NOISE * torch.randn(len(rows), *inputs.shape[1:], generator=generator)
-        doubt = _grow(torch, trust, trust.first[seen[rows].clamp_max(2) - 1].exp(), inputs[rows] + noise)
+        doubt = _grow(torch, trust, trust.begin(seen[rows]), inputs[rows] + noise)
         short = target[rows] - doubt.clamp_min(1e-12).log()
         loss = torch.maximum(QUANTILE * short, (QUANTILE - 1) * short)
         loss = (loss * valid[rows]).sum() / valid[rows].sum().clamp_min(1)
