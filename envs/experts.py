@@ -37,10 +37,9 @@ class Expert:
 
     def __init__(self, env: gym.Env, *, noise: float = 0.0, failure: str | None = None, seed: int = 0):
         sim: Any = env.unwrapped
-        experts = {"Lift": _lift, "Stack": _stack, "Door": _door}
         task = getattr(sim, "task", None)
-        if task not in experts:
-            raise ValueError(f"there are experts for {', '.join(experts)}, not for {task or sim}")
+        if task not in EXPERTS:
+            raise ValueError(f"there are experts for {', '.join(EXPERTS)}, not for {task or sim}")
         if sim.controller != "OSC_POSE" or not isinstance(sim.observation_space, gym.spaces.Box):
             raise ValueError(
                 "experts see flat observations and act by controller='OSC_POSE', got "
@@ -50,22 +49,28 @@ class Expert:
             raise ValueError(f"noise is a standard deviation, from 0 on, got {noise!r}")
         if failure not in FAILURES:
             raise ValueError(f"failure must be one of {', '.join(map(str, FAILURES))}, got {failure!r}")
-        self.fields, self._decide = sim.fields, experts[task]
+        self.fields, self._decide = sim.fields, EXPERTS[task]
         self._noise, self._failure, self._rng = noise, failure, np.random.default_rng(seed)
         self._step = 0
-        self._begins = int(self._rng.integers(18, 30))  # the step of a drop, when the object is held or nearly so
+        self._begins = int(self._rng.integers(17, 29))  # steps before a drop, when the object is held or nearly so
         angle = self._rng.uniform(0, 2 * np.pi)
         self._aside = 0.03 * np.array([np.cos(angle), np.sin(angle), 0.0])  # m
 
     def __call__(self, obs: Array) -> NDArray[np.float32]:
-        seen = {name: np.asarray(obs[part], dtype=np.float64) for name, part in self.fields.items()}
+        """The next action of the episode, with the noise."""
+        action = self.act(obs, self._step).astype(np.float64)
         self._step += 1
-        if self._failure == "offset" and self._step <= 30:
+        action[:-1] += self._noise * self._rng.standard_normal(len(action) - 1)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def act(self, obs: Array, step: int) -> NDArray[np.float32]:
+        """What it does after ``step`` steps, without the noise: a pure function -> [A]."""
+        seen = {name: np.asarray(obs[part], dtype=np.float64) for name, part in self.fields.items()}
+        if self._failure == "offset" and step < 30:
             seen["eef_pos"] = seen["eef_pos"] + self._aside
         action = self._decide(seen)
-        if self._failure == "drop" and self._begins <= self._step < self._begins + 12:
+        if self._failure == "drop" and self._begins <= step < self._begins + 12:
             action[-1] = OPEN
-        action[:-1] += self._noise * self._rng.standard_normal(len(action) - 1)
         return np.clip(action, -1, 1).astype(np.float32)
 
 
@@ -109,6 +114,9 @@ def _door(seen: dict[str, Array]) -> Array:
         turning = hinge < 0.02 and latch < UNLOCKED
         return _action(seen, apart + 0.04 * (down if turning else away), towards, CLOSE)
     return _grasp(seen, seen["handle_pos"], towards, away)
+
+
+EXPERTS = {"Lift": _lift, "Stack": _stack, "Door": _door}
 
 
 def _holds(seen: dict[str, Array], name: str) -> bool:

@@ -37,8 +37,9 @@ class RobosuiteEnv(gym.Env):
 
     Actions are float32 [A] in [-1,1], with the gripper's last, of which the sign alone counts (1 closes).
 
-    An episode ends (``terminated``) with success, which ``info["success"]`` tells at every step; Wipe's also when the
-    arm hits the table or a joint's limit. The time limit is Gymnasium's: ``truncated``.
+    An episode ends (``terminated``) with success, which ``info["success"]`` tells at every step, unless
+    ``terminate_on_success`` is False; Wipe's also when the arm hits the table or a joint's limit. The time limit is
+    Gymnasium's: ``truncated``.
 
     The simulation is robosuite's but for one thing: Sawyer's base, which rubs against its first link there, collides
     with nothing here.
@@ -52,6 +53,7 @@ class RobosuiteEnv(gym.Env):
             a Dict, where a flat vector stands under "state".
         camera_size: pixels.
         reward_shaping: robosuite's shaped reward; False: its sparse one.
+        terminate_on_success: False goes on after success, as robosuite itself does: a cube that was lifted can be held.
         control_freq: actions per simulated second.
         render_mode: "rgb_array" or None.
 
@@ -71,6 +73,7 @@ class RobosuiteEnv(gym.Env):
         cameras: tuple[str, ...] = (),
         camera_size: int = 84,
         reward_shaping: bool = True,
+        terminate_on_success: bool = True,
         control_freq: int = 20,
         render_mode: str | None = None,
     ):
@@ -87,6 +90,7 @@ class RobosuiteEnv(gym.Env):
             raise ValueError(f"control_freq has to divide the simulator's 500 steps per second, got {control_freq!r}")
         self.task, self.embodiment, self.render_mode = task, EMBODIMENTS[robots], render_mode
         self.controller, self.dt = controller, 1 / control_freq
+        self._terminate_on_success = terminate_on_success
         self.metadata = {**self.metadata, "render_fps": control_freq}
         self._cameras, self._camera_size, self._dict = tuple(cameras), camera_size, observations == "dict"
         self._inner = _made(task, robots, controller, reward_shaping, control_freq)
@@ -129,7 +133,8 @@ class RobosuiteEnv(gym.Env):
         success = bool(self._inner._check_success())
         # The simulator leaves bodies where they were a substep ago. The next step places them anew anyway.
         self._place()
-        return self._get_obs(), float(reward), success or bool(failed), False, {"success": success}
+        terminated = bool(failed) or (success and self._terminate_on_success)
+        return self._get_obs(), float(reward), terminated, False, {"success": success}
 
     def render(self) -> Any:
         """uint8 [256,256,3] with ``render_mode="rgb_array"``, else None."""

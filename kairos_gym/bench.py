@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kairos_gym.bench_env import endurance, env
+from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_trust import trust
 from kairos_gym.models import load
 from kairos_gym.open_loop import open_loop
@@ -210,4 +211,4 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.3g}"
 
 
-COMMANDS = {f.__name__: f for f in (models, memory, floor, control, env, endurance, trust, table)}
+COMMANDS = {f.__name__: f for f in (models, memory, floor, control, env, endurance, trust, lift, lift_speed, table)}

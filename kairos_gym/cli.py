@@ -17,7 +17,7 @@ Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
 Datasets = Positional[Annotated[tuple[str, ...], arg(metavar="DATASET [DATASET ...]")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
-Behaviour = Literal["uniform", "held", "mixed", "ladder"]
+Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Method = Literal["cem", "mppi", "shooting"]
 
 
@@ -37,14 +37,15 @@ def collect(
     A collection that was stopped goes on with the same command.
 
     Args:
-        env_id: the simulator, such as Reacher-v5
+        env_id: the simulator, such as Reacher-v5 or robosuite/Lift-v0,robots=Sawyer
         dataset_id: the dataset's name, such as kairos/reacher-v0
         seed: every episode draws from the seed and its own number
         steps: how many steps, or else
         episodes: how many episodes
         episode_steps: the time limit of an episode, instead of the simulator's own
-        behaviour: independent actions, actions held for 1 to 8 steps, the two by turns, or ten policies by turns, from
-            doing nothing to trained ones (which are trained first where they haven't been, a few minutes)
+        behaviour: independent actions; actions held for 1 to 8 steps; the two by turns; ten policies by turns, from
+            doing nothing to trained ones (which are trained first where they haven't been, a few minutes); or the
+            scripted expert of robosuite's Lift, Stack and Door, clean, failing, interrupted
         policy_seed: of the training of those policies
         workers: how many processes play; the data are the same for any number
     """

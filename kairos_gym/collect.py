@@ -181,11 +181,14 @@ def _recipe(
 ) -> dict[str, Any]:
     """What made the data: two runs with the same recipe give the same episodes."""
     assert env.spec is not None
-    packages = ["gymnasium", "numpy"] + (["mujoco"] if "mujoco" in str(env.spec.entry_point) else [])
-    module, colon, _ = env_id.rpartition(":")  # "module:Id-v0" is how Gymnasium finds an id that a module registers
+    source = str(env.spec.entry_point)
+    packages = ["gymnasium", "numpy", *(["robosuite"] if "robosuite" in source else [])]
+    packages += ["mujoco"] if "mujoco" in source or "robosuite" in source else []
+    plain, comma, arguments = env_id.partition(",")
+    module, colon, _ = plain.rpartition(":")  # "module:Id-v0" is how Gymnasium finds an id that a module registers
     by = behaviour if policy is None else f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}"
     return {
-        "env_id": module + colon + env.spec.id,
+        "env_id": module + colon + env.spec.id + comma + arguments,
         "seed": seed,
         "episode_steps": episode_steps,
         "behaviour": by,

@@ -114,6 +114,25 @@ class Comparison:
         over = [i for i, e in enumerate(medians) if not len(e) or e.median() > limit]
         return over[0] if over else self.windows.horizon
 
+    def foreseen(self, horizon: int) -> dict[str, Any]:
+        """How well the highest reward dreamed within ``horizon`` steps tells the windows that are solved in that time.
+
+        The area under the ROC curve, 0.5 for guessing, NaN where all windows or none are solved; those that begin
+        solved are left out.
+        """
+        solved = self.rollouts.solved
+        assert solved is not None
+        valid = self.windows.real[4][:, :horizon]
+        frames = (self.windows.at[:, None] + torch.arange(1, horizon + 1)).clamp_max(len(solved) - 1)
+        began = solved[self.windows.at]
+        truly = (solved[frames] & valid).any(1)[~began]
+        # Where the recording ends nobody knows what would have come.
+        reward = self.dreamed.reward[:, :horizon].nan_to_num(-torch.inf).masked_fill(~valid, -torch.inf)
+        most = reward.amax(1)[~began]
+        won, lost = most[truly], most[~truly]
+        above = (won[:, None] > lost).float() + 0.5 * (won[:, None] == lost).float()
+        return {"auc": above.mean().item(), "solved": len(won), "not": len(lost)}
+
     def agreement(self, name: str) -> Agreement:
         """How the returns of the dynamics ``name`` agree with the simulator's."""
         return agreement(self.results[name].returns, self.rollouts.result.returns)
@@ -159,6 +178,7 @@ class Comparison:
                 for name, e in self.errors.items()
             },
             "ends": asdict(self.ends),
+            "foreseen_success": None if rollouts.solved is None else {t: self.foreseen(t) for t in h},
             "drift": {t: drift[t - 1].tolist() for t in h},
             "policies": {
                 name: {

@@ -170,6 +170,16 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         )
     else:
         report.text("No stretch ended, neither in the simulator nor in the dream.")
+    if foreseen := numbers["foreseen_success"]:
+        rows = {"ROC AUC": "auc", "stretches solved": "solved", "not solved": "not"}
+        report.table(
+            ["success within", *[steps_of(h) for h in hs]],
+            [[what, *[_number(foreseen[h][key]) for h in hs]] for what, key in rows.items()],
+        )
+        report.text(
+            "Whether a stretch will be solved, told by the highest reward that is dreamed in it: the area under the "
+            "ROC curve, 0.5 for guessing and 1 for knowing. Stretches that begin solved are left out."
+        )
 
     _believes(report, comparison, numbers)
     if comparison.memory:

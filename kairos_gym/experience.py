@@ -23,7 +23,7 @@ RECIPE = (
 class Experience:
     """The episodes of a training, the dataset's name, and whether they are the very same to the last bit.
 
-    They may not be where trained policies played: on another processor these train a little differently.
+    They may not be where policies that look played: on another processor these act a little differently.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Experience:
 def experience(card: dict[str, Any]) -> Experience:
     """The training data that a model's ``card`` names; recorded again where they are gone and it says how.
 
-    Of data that trained policies played ("ladder"), those of the same recipe will do.
+    Of data that policies which look played ("ladder", "expert"), those of the same recipe will do.
 
     Raises ValueError where the card doesn't say, or where the dataset of that name holds other episodes;
     FileNotFoundError where there is none and it can't be recorded again.
@@ -65,7 +65,7 @@ def experience(card: dict[str, Any]) -> Experience:
     same = episodes.fingerprint() == data.get("fingerprint", episodes.fingerprint())
     found = dataset.storage.metadata.get("recipe")
     alike = isinstance(found, dict) and all(found.get(key) == data.get(key) for key in RECIPE)
-    if not same and not (alike and data.get("behaviour") == "ladder"):
+    if not same and not (alike and data.get("behaviour") in ("ladder", "expert")):
         raise ValueError(
             f"the dataset {name} here holds other episodes than the model was trained on: set MINARI_DATASETS_PATH to "
             "the folder that has the right ones, or go without references (references=False, --no-references)"

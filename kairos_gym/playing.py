@@ -18,9 +18,19 @@ from numpy.typing import NDArray
 
 from kairos_gym.policies import Policy, alone, ladder
 
-Behaviour = Literal["uniform", "held", "mixed", "ladder"]
+Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
+# What the expert is like by turns. A planner tries what no expert does, so most often held actions take over now and
+# then.
+TURNS: tuple[dict[str, Any], ...] = (
+    {},
+    {"noise": 0.3},
+    {"noise": 0.1, "failure": "offset"},
+    {"noise": 0.1, "failure": "drop"},
+    *({"noise": noise, "interrupted": True} for noise in (0.0, 0.1, 0.2, 0.4)),
+)
+LONGEST_SPELL, LONGEST_INTERRUPTION = 30, 12  # steps
 DEATHS = 3  # of workers, one after the other without an episode between them, until it is given up
 
 
@@ -96,6 +106,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
     held = script.behaviour == "held" or (script.behaviour == "mixed" and index % 2 == 1)
     drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
     obs, _ = env.reset(seed=env_seed)
+    policy = _expert(env, rng, index) if script.behaviour == "expert" else script.policy
     observations, rewards = [obs], []
     actions: list[Any] = []
     terminations: list[bool] = []
@@ -105,7 +116,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
         if turns:
             action = turns[index % len(turns)].act(alone(obs), len(actions), np.array([env_seed]))[0]
         else:
-            action = next(drawn) if script.policy is None else _policy_action(script.policy, obs, env.action_space)
+            action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
         actions.append(action)
@@ -176,6 +187,27 @@ def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterat
             action = rng.uniform(space.low, space.high).astype(space.dtype)
         for _ in range(rng.integers(1, longest + 1)):
             yield action
+
+
+def _expert(env: gym.Env, rng: np.random.Generator, index: int) -> Callable[[Any], Any]:
+    """The expert of episode number ``index``, one of TURNS."""
+    from envs import Expert
+
+    turn = dict(TURNS[index % len(TURNS)])
+    interrupted = turn.pop("interrupted", False)
+    expert = Expert(env, **turn, seed=int(rng.integers(2**31)))
+    if not interrupted:
+        return expert
+    held = _actions(rng, env.action_space, LONGEST_HOLD)
+
+    def playing() -> Iterator[bool]:
+        """Whether the expert plays, step by step."""
+        while True:
+            yield from [True] * int(rng.integers(1, LONGEST_SPELL + 1))
+            yield from [False] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
+
+    turns = playing()
+    return lambda obs: expert(obs) if next(turns) else next(held)
 
 
 def _policy_action(policy: Callable[[Any], Any], obs: Any, space: gym.Space) -> NDArray[Any]:

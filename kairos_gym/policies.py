@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -41,13 +42,42 @@ class Policy:
 
 
 def ladder(env_id: str, folder: str | Path | None = None, *, seed: int = 0, progress: bool = True) -> list[Policy]:
-    """Ten policies from doing nothing to trained: ``scripted`` and ``learned`` -> list of Policy."""
-    from envs import make_real
+    """Ten policies from doing nothing to skilled: ``scripted`` and ``learned`` -> list of Policy.
 
-    env = make_real(env_id)
-    space = env.action_space
+    Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``skilled`` takes the place of ``learned``.
+    """
+    from envs import EXPERTS, make_real
+
+    env: Any = make_real(env_id)
+    space, has_expert = env.action_space, getattr(env.unwrapped, "task", None) in EXPERTS
+    able = skilled(env) if has_expert else learned(env_id, folder, seed=seed, progress=progress)
     env.close()
-    return scripted(space) + learned(env_id, folder, seed=seed, progress=progress)
+    return scripted(space) + able
+
+
+def skilled(env: gym.Env) -> list[Policy]:
+    """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, aiming beside, and letting go."""
+    from envs import Expert
+
+    def expert(failure: str | None) -> Callable[[Any, int, Seeds], NDArray[Any]]:
+        made: dict[int, Expert] = {}
+
+        def act(obs: Any, step: int, seeds: Seeds) -> NDArray[Any]:
+            for seed in map(int, seeds):
+                if seed not in made:
+                    made[seed] = Expert(env, failure=failure, seed=seed)
+            return np.stack([made[int(seed)].act(row, step) for row, seed in zip(obs, seeds, strict=True)])
+
+        return act
+
+    clean, space = Policy("expert", expert(None)), env.action_space
+    assert isinstance(space, spaces.Box)
+    return [
+        clean,
+        *(noisy(clean, space, std) for std in (*NOISES, 1.0)),
+        Policy("expert, aims beside", expert("offset")),
+        Policy("expert, lets go", expert("drop")),
+    ]
 
 
 def scripted(space: spaces.Space) -> list[Policy]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minari import MinariDataset
 from torch import Tensor
 
 from kairos_gym.calibrate import coverage, doubted, draw, trust_in
@@ -23,12 +24,11 @@ from world_model.episodes import Episodes, spec_of
 from world_model.fit import FitConfig, fit
 from world_model.model import WorldModel
 
-SPLITS = {"train": (0, 250), "validation": (1, 64), "test": (2, 64)}  # seed, episodes
+SEEDS = {"train": 0, "validation": 1, "test": 2}
 # How wrong a dream may be is asked of every kind of policy, so these are played by ladders of ten: in "calibration" the
 # rule learns from the first two ladders, and how much is enough is measured on the other two. These two play the second
 # set too, for which the bound is promised; "unseen" is played by trained policies that nothing else here has seen.
 CALIBRATION = {"calibration": (1, 2, 3, 4), "second": (3, 4), "unseen": (5,)}  # policy seeds
-CALIBRATION_EPISODES = 400  # of each ladder
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class Recipe:
     env: str
     train: FitConfig = field(default_factory=FitConfig)
     model: dict[str, object] = field(default_factory=dict)  # what differs from WorldModelConfig's defaults
-    behaviour: Behaviour = "mixed"  # that of SPLITS
+    behaviour: Behaviour = "mixed"  # in the three splits
+    episodes: int = 250  # to train on; validation and test have 64
     episode_steps: int = 200  # longer than Reacher's own 50, so that 64 steps can be dreamed and compared
+    ladder_episodes: int = 400  # of each ladder
+    workers: int = 1  # that record
 
 
 # Chosen on validation episodes, for about 100 CPU-seconds each. "SG" was as good as "SGDG" on Reacher with half the
@@ -49,7 +52,9 @@ class Recipe:
 # where its sine and cosine are those of the other end of its range and one frame can't tell which way it will be thrown
 # back: two frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls
 # within ten steps, so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of
-# the rail in several hundred steps, so its episodes have their full length.
+# the rail in several hundred steps, so its episodes have their full length. A robot arm that moves at random touches
+# nothing, so Lift's data are the scripted expert's, failing and interrupted; they go on after success, so that a dream
+# knows how a cube is held.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
@@ -64,6 +69,17 @@ RECIPES = {
         ),
         Recipe("pendulum", "Pendulum-v1", FitConfig(draft_steps=6100, steps=180), SMALL),
         Recipe("reacher", "Reacher-v5", FitConfig(draft_steps=5200, steps=250, lr=3e-3), {**SMALL, "draft_frames": 2}),
+        Recipe(
+            "lift",
+            "robosuite/Lift-v0,terminate_on_success=False",
+            FitConfig(draft_steps=20_000, steps=800),
+            {**SMALL, "draft_width": 160, "draft_frames": 2},
+            "expert",
+            episodes=500,
+            episode_steps=100,
+            ladder_episodes=100,
+            workers=2,
+        ),
         Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=5500, steps=400), SMALL),
     )
 }
@@ -86,39 +102,60 @@ def data(name: str) -> Data:
     from envs import make_real
 
     recipe = RECIPES[name]
-    loaded = {split: _split(recipe, split, *about, recipe.behaviour) for split, about in SPLITS.items()}
+    loaded = {split: _split(recipe, *about) for split, about in _splits(recipe).items()}
     env = make_real(recipe.env)
     limit = env.spec.max_episode_steps if env.spec else None
     return Data(spec_of(env, 4), limit, std=loaded["train"].obs.std(0), **loaded)
 
 
+def _splits(recipe: Recipe) -> dict[str, tuple[str, int, int, Behaviour]]:
+    """Split, seed, episodes and behaviour of each of the three."""
+    return {
+        split: (split, seed, recipe.episodes if split == "train" else 64, recipe.behaviour)
+        for split, seed in SEEDS.items()
+    }
+
+
 def _split(
     recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
 ) -> Episodes:
-    return Episodes.from_minari(
-        collect(
-            recipe.env,
-            f"{recipe.name}/{split}-v0",
-            seed=seed,
-            episodes=episodes,
-            episode_steps=recipe.episode_steps,
-            behaviour=behaviour,
-            policy_seed=policy_seed,
-        )
+    return Episodes.from_minari(recorded_as(recipe, split, seed, episodes, behaviour, policy_seed))
+
+
+def recorded_as(
+    recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
+) -> MinariDataset:
+    """The dataset "NAME/SPLIT-v0" of a recipe's simulator, recorded where it isn't there yet."""
+    return collect(
+        recipe.env,
+        f"{recipe.name}/{split}-v0",
+        seed=seed,
+        episodes=episodes,
+        episode_steps=recipe.episode_steps,
+        behaviour=behaviour,
+        policy_seed=policy_seed,
+        workers=recipe.workers,
     )
 
 
 def calibration(recipe: Recipe) -> dict[str, list[Episodes]]:
     """The episodes of each set in CALIBRATION, a ladder each; of "unseen" those of the trained policies alone."""
-    sets = {name: [_split(recipe, *about) for about in _ladders(recipe, name)] for name in CALIBRATION}
+    sets = {name: [_split(recipe, *about) for about in _ladders(recipe, name)] for name in _sets(recipe)}
     scripted = 4  # of each ladder's ten, the same in all
-    return sets | {"unseen": [part.pick(lambda e: e % 10 >= scripted) for part in sets["unseen"]]}
+    if "unseen" in sets:
+        sets["unseen"] = [part.pick(lambda e: e % 10 >= scripted) for part in sets["unseen"]]
+    return sets
+
+
+def _sets(recipe: Recipe) -> list[str]:
+    """Which sets of CALIBRATION a recipe has: a scripted expert is the same in every ladder, so none is unseen."""
+    return [name for name in CALIBRATION if name != "unseen" or recipe.behaviour != "expert"]
 
 
 def _ladders(recipe: Recipe, name: str) -> list[tuple[str, int, int, Behaviour, int]]:
     """What a set is made of: split, seed, episodes, behaviour and policy seed of each dataset."""
     first = 10 * (3 + list(CALIBRATION).index(name))
-    return [(f"{name}-{p}", first + p, CALIBRATION_EPISODES, "ladder", p) for p in CALIBRATION[name]]
+    return [(f"{name}-{p}", first + p, recipe.ladder_episodes, "ladder", p) for p in CALIBRATION[name]]
 
 
 def config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
@@ -140,7 +177,6 @@ def build(name: str, out: Path) -> WorldModel:
     """Collect, train (in ``runs/``, from where a killed run goes on), calibrate, measure, and save in ``out``."""
     recipe, task = RECIPES[name], data(name)
     model = fit(config(recipe, task.spec), task.spec, task.train, recipe.train, out=Path("runs") / name)
-    seed, episodes = SPLITS["train"]
     model.card = {
         "env": recipe.env,
         "time_limit": task.time_limit,
@@ -149,16 +185,16 @@ def build(name: str, out: Path) -> WorldModel:
             "dataset": f"{name}/train-v0",
             "held_out": 0,
             "env_id": recipe.env,
-            "seed": seed,
-            "episodes": episodes,
+            "seed": SEEDS["train"],
+            "episodes": recipe.episodes,
             "episode_steps": recipe.episode_steps,
             "behaviour": recipe.behaviour,
             "fingerprint": task.train.fingerprint(),
         }
         | ({"policy_seed": 0} if recipe.behaviour == "ladder" else {}),
         "other_data": [
-            *(collect_command(recipe, split, *SPLITS[split], recipe.behaviour) for split in ("validation", "test")),
-            *(collect_command(recipe, *about) for name in CALIBRATION for about in _ladders(recipe, name)),
+            *(collect_command(recipe, *_splits(recipe)[split]) for split in ("validation", "test")),
+            *(collect_command(recipe, *about) for name in _sets(recipe) for about in _ladders(recipe, name)),
         ],
         "fit": model.card["fit"],
         "errors": {

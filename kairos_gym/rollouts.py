@@ -52,6 +52,7 @@ class Rollouts:
     limit: int  # steps
     episodes: Episodes
     states: Tensor | None  # float64 [F,S], the exact state at each frame; None where the simulator doesn't tell
+    solved: Tensor | None  # bool [F], whether a frame shows success; None where none is defined
     result: Result
 
     @cached_property
@@ -97,6 +98,7 @@ def play_real(
     shape = (len(policies), episodes)
     total, last, ended = np.zeros(shape), np.full(shape, float(limit)), np.zeros(shape, bool)
     success, defined = np.full(shape, np.inf), success_fn is not None
+    solutions: list[bool] = []
     bar = tqdm(total=len(policies) * steps, unit="step", desc=f"play {env_id}", disable=not progress)
     for p, policy in enumerate(policies):
         seen = [[_flat(space, sim.reset(seed=int(s))[0])] for sim, s in zip(sims, seeds, strict=True)]
@@ -104,6 +106,7 @@ def play_real(
         played: list[list[Any]] = [[] for _ in sims]
         earned: list[list[float]] = [[] for _ in sims]
         over: list[list[bool]] = [[] for _ in sims]
+        solving = [[False] for _ in sims]
         going = np.ones(episodes, bool)
         for t in range(steps):
             chosen = policy.act(doors.shown(np.stack([frames[-1] for frames in seen])), t, seeds)
@@ -115,14 +118,15 @@ def play_real(
                 earned[e].append(float(reward))
                 over[e].append(bool(terminated))
                 going[e] = not (terminated or truncated)
+                solved = says_success(info)
+                defined |= solved is not None
+                if success_fn is not None:
+                    solved = bool(_ask(success_fn, doors.shown(seen[e][-1][None]))[0])
+                solving[e].append(bool(solved))
                 if t < limit:
                     total[p, e] += float(reward)
                     if terminated:
                         last[p, e], ended[p, e] = t + 1, True
-                    solved = says_success(info)
-                    defined |= solved is not None
-                    if success_fn is not None:
-                        solved = bool(_ask(success_fn, doors.shown(seen[e][-1][None]))[0])
                     if solved:
                         success[p, e] = min(success[p, e], t + 1)
             bar.update()
@@ -130,13 +134,15 @@ def play_real(
                 break
         parts += [tuple(map(np.stack, rows)) for rows in zip(seen, played, earned, over, strict=True)]
         states += [row for rows in exact for row in rows]
+        solutions += [row for rows in solving for row in rows]
     bar.close()
     for sim in sims:
         sim.close()
     told = [row for row in states if row is not None]
     known = torch.from_numpy(np.stack(told)) if told else None
     result = Result(total, last, ended, success if defined else None, np.zeros(shape, bool))
-    return Rollouts(env_id, tuple(policies), seeds, refused, limit, Episodes.stack(parts), known, result)
+    flags = torch.tensor(solutions) if defined else None
+    return Rollouts(env_id, tuple(policies), seeds, refused, limit, Episodes.stack(parts), known, flags, result)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from planners.base import Plan, Planner, RewardFn, score
 from planners.cem import CEM
 from planners.mpc import MPC
 from planners.mppi import MPPI
+from planners.proposed import Proposed
 from planners.shooting import RandomShooting
 
-__all__ = ["CEM", "MPC", "MPPI", "Plan", "Planner", "RandomShooting", "RewardFn", "score"]
+__all__ = ["CEM", "MPC", "MPPI", "Plan", "Planner", "Proposed", "RandomShooting", "RewardFn", "score"]

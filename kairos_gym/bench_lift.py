@@ -1,0 +1,217 @@
+"""Lift in the real robosuite: how often a plan dreamed up lifts the cube, beside all that it has to beat."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kairos_gym.cloning import best, cloned
+from kairos_gym.models import load
+from kairos_gym.recipes import RECIPES, config, data, recorded_as
+from kairos_gym.report import machine
+from planners import CEM, MPC, Proposed
+from world_model.episodes import Episodes
+from world_model.fit import fit
+
+Who = Literal["dream", "proposed", "random-data", "truth", "truth-budget", "clone", "clone-best", "expert", "random"]
+Wanted = Literal["staged", "simple", "learned"]
+Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
+HOLD = 5  # steps for which the cube must stay lifted at the end
+PLANNER = CEM(horizon=8, chunk=2, candidates=192, elites=20, iterations=3, std=0.35, min_std=0.1)
+# The simulator is some hundred times slower than the dream.
+FRUGAL = replace(PLANNER, candidates=48, elites=8)
+BEST = 1 / 3  # of the episodes, those with the highest return
+DREAMS, ROUNDS = (1, 256), 7
+
+
+def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 20_000) -> dict[str, Any]:
+    """Play Lift for real -> how many of ``episodes`` starts end with the cube held up for 5 steps, within 200.
+
+    who: "dream", planning in the shipped model; "proposed", the same with the search begun at a behaviour clone's
+        plan; "random-data", in a model of the same recipe trained on random actions alone; "truth", on the simulator
+        itself with a quarter of the candidates; "truth-budget", in the dream with as few; "clone" and "clone-best",
+        behaviour cloning on all data and on the best third; "expert"; "random".
+    reward: what planners want: ``envs.rewards`` staged or simple, or the reward that the model predicts.
+    Starts are those of ``reset(seed=seed)`` and the following seeds, without those that are solved already.
+    """
+    from envs import make_real
+
+    env: Any = make_real(RECIPES["lift"].env)
+    begin, about = _player(who, reward, env)
+    held: list[bool] = []
+    steps, sizes, thinking, refused = [], set(), 0.0, 0
+    bar = tqdm(total=episodes, unit="episode")
+    while len(held) < episodes:
+        number = len(held) + refused
+        obs, info = env.reset(seed=seed + number)
+        if info["success"]:
+            refused += 1
+            continue
+        sizes.add(tuple(obs[env.unwrapped.fields["cube_size"]].tolist()))
+        act = begin(number)
+        lasted, made, seen = 0, 0, None
+        over = False
+        while lasted < HOLD and not over:
+            begun = time.thread_time()
+            actions = act(obs, seen).reshape(-1, env.action_space.shape[0])
+            thinking += time.thread_time() - begun
+            frames = []
+            for action in actions:
+                obs, _, _, over, info = env.step(action.astype(np.float32))
+                frames.append(obs)
+                made, lasted = made + 1, lasted + 1 if info["success"] else 0
+                if lasted == HOLD or over:
+                    break
+            seen = np.stack(frames)
+        held.append(lasted == HOLD)
+        steps.append(made)
+        bar.set_postfix_str(f"{sum(held)} lifted", refresh=False)
+        bar.update()
+    bar.close()
+    env.close()
+    low, high = wilson(sum(held), episodes)
+    won = [n for n, h in zip(steps, held, strict=True) if h]
+    return {
+        "bench": "lift",
+        "who": who,
+        "reward": reward if who in ("dream", "proposed", "random-data", "truth", "truth-budget") else None,
+        **about,
+        "episodes": episodes,
+        "seed": seed,
+        "refused": refused,
+        "cube_sizes": len(sizes),
+        "lifted": sum(held),
+        "success": sum(held) / episodes,
+        "wilson_95": [low, high],
+        "median_steps_of_the_lifted": statistics.median(won) if won else None,
+        "cpu_seconds_thinking": thinking / episodes,
+        "failed": [i for i, h in enumerate(held) if not h],
+        "machine": machine(),
+    }
+
+
+def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], dict[str, Any]]:
+    """What plays: given an episode's number, a fresh ``act``; and what a reader should know of it."""
+    from envs import Expert, SimulatorDynamics
+    from envs.rewards import simple_lift, staged_lift
+
+    if who == "random":
+        space = env.action_space
+
+        def uniform(number: int) -> Act:
+            rng = np.random.default_rng(number)
+            return lambda obs, seen: rng.uniform(space.low, space.high)
+
+        return uniform, {"data": None}
+    if who == "expert":
+        return lambda number: _alone(Expert(env, seed=number)), {"data": None}
+    task = data("lift")
+    policy = cloned(task.spec, best(task.train, BEST) if who == "clone-best" else task.train)
+    if who in ("clone", "clone-best"):
+
+        def imitate(obs: NDArray[Any]) -> NDArray[Any]:
+            return policy(torch.from_numpy(obs)).numpy()
+
+        return lambda number: _alone(imitate), {"data": "all" if who == "clone" else "best third"}
+    fields = env.unwrapped.fields
+    wanted = {"staged": staged_lift(fields), "simple": simple_lift(fields), "learned": None}[reward]
+    planner: Any = FRUGAL if who.startswith("truth") else PLANNER
+    about = {"data": "all", "planner": repr(planner)}
+    world: Any
+    if who == "truth":
+        simulator = SimulatorDynamics(RECIPES["lift"].env)
+
+        def true(number: int) -> Act:
+            mpc = MPC(simulator, planner, seed=number, reward_fn=wanted)
+            return lambda obs, seen: mpc.act(obs, state=simulator.capture(env))
+
+        return true, about | {"data": None}
+    if who == "random-data":
+        recipe = RECIPES["lift"]
+        episodes = Episodes.from_minari(recorded_as(recipe, "random", 3, recipe.episodes, "mixed"))
+        world = fit(config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random")
+        about["data"] = "as many random steps"
+    else:
+        world = load("lift")
+    if who == "proposed":
+        planner = Proposed(planner, policy)
+
+    def dreaming(number: int) -> Act:
+        mpc = MPC(world, planner, seed=number, reward_fn=wanted)
+        return lambda obs, seen: mpc.act(obs, inner_obs=seen)
+
+    return dreaming, about
+
+
+def _alone(policy: Callable[[NDArray[Any]], NDArray[Any]]) -> Act:
+    return lambda obs, seen: policy(obs)
+
+
+def wilson(won: int, of: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a success rate (95%): it stays within [0,1], and says something also of 0 or all of n."""
+    rate = won / of
+    middle = (rate + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * sqrt(rate * (1 - rate) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return middle - half, middle + half
+
+
+def lift_speed() -> dict[str, Any]:
+    """Dreamed Lift steps a CPU-second, 1 and 256 dreams at once and 1 or 4 steps at a time, over robosuite's own.
+
+    One thread, by turns in one run, so that whatever else the machine does meets all alike; medians of 7 rounds.
+    """
+    from envs import make_real
+
+    world: Any = load("lift")
+    env = make_real(RECIPES["lift"].env, max_episode_steps=10**9)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+
+    def simulate() -> int:
+        for _ in range(64):
+            env.step(env.action_space.sample())
+        return 64
+
+    def dreaming(batch: int, chunk: int) -> Callable[[], int]:
+        assert world.starts is not None
+        first = world.starts.obs[torch.arange(batch) % len(world.starts.obs)]
+        state = world.observe(world.initial(batch), first)
+        low, high = (torch.from_numpy(bound) for bound in (world.spec.action_box.low, world.spec.action_box.high))
+        actions = low + (high - low) * torch.rand(batch, chunk, len(low), generator=torch.Generator().manual_seed(0))
+
+        def play() -> int:
+            dream = state
+            with torch.inference_mode():
+                for _ in range(16):
+                    dream, _ = world.imagine(dream, actions)
+            return 16 * batch * chunk
+
+        return play
+
+    jobs = {"robosuite": simulate}
+    jobs |= {f"{batch} dreams, chunk {chunk}": dreaming(batch, chunk) for batch in DREAMS for chunk in (1, 4)}
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(ROUNDS):
+        for name, job in jobs.items():
+            begun = time.thread_time()
+            steps = job()
+            rates[name].append(steps / (time.thread_time() - begun))
+    env.close()
+    base = rates["robosuite"]
+    over = {n: statistics.median(a / b for a, b in zip(r, base, strict=True)) for n, r in rates.items()}
+    return {
+        "bench": "lift_speed",
+        "steps_per_cpu_second": {name: statistics.median(rate) for name, rate in rates.items()},
+        "over_robosuite": {name: ratio for name, ratio in over.items() if name != "robosuite"},
+        "machine": machine(),
+    }
