@@ -21,8 +21,8 @@ from kairos_gym.policies import Policy, alone, ladder
 Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
-# What the expert is like by turns. A planner tries what no expert does, so most often held actions take over now and
-# then.
+# What the expert is like by turns. A planner tries what no expert does, so in half of the episodes random actions take
+# over now and then.
 TURNS: tuple[dict[str, Any], ...] = (
     {},
     {"noise": 0.3},
@@ -198,16 +198,22 @@ def _expert(env: gym.Env, rng: np.random.Generator, index: int) -> Callable[[Any
     expert = Expert(env, **turn, seed=int(rng.integers(2**31)))
     if not interrupted:
         return expert
-    held = _actions(rng, env.action_space, LONGEST_HOLD)
+    # Independent actions, as a planner's candidates are, and held ones, which get farther.
+    others = [_actions(rng, env.action_space, longest) for longest in (1, LONGEST_HOLD)]
 
-    def playing() -> Iterator[bool]:
-        """Whether the expert plays, step by step."""
+    def playing() -> Iterator[Iterator[Any] | None]:
+        """Who plays, step by step; None for the expert."""
         while True:
-            yield from [True] * int(rng.integers(1, LONGEST_SPELL + 1))
-            yield from [False] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
+            yield from [None] * int(rng.integers(1, LONGEST_SPELL + 1))
+            yield from [others[rng.integers(2)]] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
 
     turns = playing()
-    return lambda obs: expert(obs) if next(turns) else next(held)
+
+    def act(obs: Any) -> Any:
+        other = next(turns)
+        return expert(obs) if other is None else next(other)
+
+    return act
 
 
 def _policy_action(policy: Callable[[Any], Any], obs: Any, space: gym.Space) -> NDArray[Any]:

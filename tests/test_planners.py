@@ -14,7 +14,7 @@ from torch import Tensor
 from toys import LQR, PointMass, TinyMLP, ToyDynamics, box_spec
 
 import planners.base
-from planners import CEM, MPC, MPPI, Plan, Planner, RandomShooting, score
+from planners import CEM, MPC, MPPI, Plan, Planner, Proposed, RandomShooting, score
 from world_model.contract import Dynamics, Imagined
 from world_model.state import LatentState
 
@@ -562,3 +562,25 @@ def test_mpc_does_not_act_on_dreams_that_broke_down() -> None:
     mpc = MPC(NoGo(limit=-2.0), SMALL[1])
     with pytest.raises(FloatingPointError, match=r"rows \[0\]"):
         mpc.act(np.array([0.5]))
+
+
+def test_a_proposal_is_where_the_search_begins() -> None:
+    dynamics, planner = PointMass(dim=1), CEM(horizon=6, chunk=1, candidates=8, elites=2, iterations=1, std=0.01)
+    obs = torch.tensor([[0.9, 0.0], [-0.4, 0.2]])[:, : dynamics.spec.observation_box.shape[0]]
+    state = dynamics.observe(dynamics.initial(2, torch.arange(2)), obs[:, None])
+
+    def policy(seen: Tensor) -> Tensor:
+        return -3 * seen[:, :1]  # beyond the bounds, where it is clipped
+
+    plan = Proposed(planner, policy).plan(dynamics, state, obs=obs)
+    dream, seen, actions = state, obs, []
+    for _ in range(6):
+        actions.append(policy(seen).clamp(-1, 1))
+        dream, imagined = dynamics.imagine(dream, actions[-1][:, None])
+        assert imagined.obs is not None
+        seen = imagined.obs[:, 0]
+    own = score(dynamics, state, torch.stack(actions, 1)[:, None, :, None])
+    assert (plan.value >= own[:, 0]).all()
+    assert (plan.actions[:, :, 0] - torch.stack(actions, 1)).abs().max() < 0.06
+    with pytest.raises(ValueError, match="proposes from what it sees"):
+        Proposed(planner, policy).plan(dynamics, state)

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
@@ -28,7 +29,7 @@ def test_every_recipe_is_shipped() -> None:
 def test_a_card_tells_where_its_model_is_from(name: str) -> None:
     card = kairos_gym.load(name).card
     assert card["env"] == RECIPES[name].env
-    assert card["time_limit"] == gym.spec(card["env"]).max_episode_steps
+    assert card["time_limit"] == gym.spec(card["env"].split(",")[0]).max_episode_steps
     behaviours = {"uniform", "held"} if RECIPES[name].behaviour == "mixed" else set()
     assert set(card["errors"]["test"]) == {"all"} | behaviours
     assert sum(file.stat().st_size for file in (ZOO / name).iterdir()) < 5e6
@@ -51,17 +52,19 @@ def test_check_env(name: str, chunk: int) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_bound_holds_on_a_second_set(name: str) -> None:
     model = kairos_gym.load(name)
-    assert model.trust is not None and model.trust.counts[0] > 1000
+    few = name == "lift"  # robosuite takes its time: 200 dreams, of which 90% are 180 by no more than luck
+    assert model.trust is not None and model.trust.counts[0] >= (200 if few else 1000)
     for h, told in model.card["trust"]["second"].items():
-        assert 0.87 <= told["coverage"] <= 0.93, h
+        assert abs(told["coverage"] - 0.9) <= (0.05 if few else 0.03), h
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fresh episodes: a tenth of the error of a model that says nothing moves, after 1 and after 8 steps."""
+    """On fresh episodes: a tenth (a quarter) of the error where nothing moves, after 1 and after 8 steps."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     model = kairos_gym.load(name)
-    dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episodes=60, episode_steps=40, progress=False)
+    settings: dict[str, Any] = {"episodes": 24, "behaviour": "expert"} if name == "lift" else {"episodes": 60}
+    dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episode_steps=40, progress=False, **settings)
     episodes = Episodes.from_minari(dataset)
     windows, std = replace(draw(episodes, seed=0), horizon=8), model.scaling.obs_std
     dreamed = windows.against(windows.dream(model), std)
@@ -69,7 +72,8 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
     unmoved = windows.against(windows.dream(still), std)
     for h in (1, 4 if name == "invertedpendulum" else 8):  # an unbalanced pole has fallen by then
         assert len(dreamed.nrmse(h)) >= 10
-        assert dreamed.nrmse(h).median() < (0.25 if name == "halfcheetah" else 0.1) * unmoved.nrmse(h).median()
+        share = 0.25 if name in ("halfcheetah", "lift") else 0.1
+        assert dreamed.nrmse(h).median() < share * unmoved.nrmse(h).median()
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
