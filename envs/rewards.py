@@ -41,8 +41,8 @@ def staged_lift(fields: Mapping[str, slice]) -> RewardFn:
         beside, above = apart[..., :2].norm(dim=-1), apart[..., 2]
         hand, cube = _matrix(next_obs[..., fields["eef_quat"]]), _matrix(next_obs[..., fields["cube_quat"]])
         tilted = 1 + hand[..., 2, 2]  # the hand's z axis should point down
-        turned = hand.mT @ cube
-        askew = (1 - torch.cos(4 * torch.atan2(turned[..., 1, 0], turned[..., 0, 0]))) / 2  # 0 along the cube's faces
+        # How the way the fingers close lies to the cube's axes; 0 along one of them, whichever of its sides is up.
+        askew = 2 * (1 - (cube.mT @ hand[..., :1]).pow(4).sum((-2, -1)))
         closed = _closed(next_obs, fields)
         aligned = torch.exp(-((beside / 0.02) ** 2))
         around = aligned * torch.exp(-((above / 0.02) ** 2))

@@ -34,7 +34,7 @@ BEST = 1 / 3  # of the episodes, those with the highest return
 DREAMS, ROUNDS = (1, 256), 7
 
 
-def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 20_000) -> dict[str, Any]:
+def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30_000) -> dict[str, Any]:
     """Play Lift for real -> how many of ``episodes`` starts end with the cube held up for 5 steps, within 200.
 
     who: "dream", planning in the shipped model; "proposed", the same with the search begun at a behaviour clone's
