@@ -2,14 +2,13 @@
 
 from .chunked import ChunkedActions
 from .embodiments import EMBODIMENTS, Embodiment
-from .experts import EXPERTS, Expert
+from .experts import Expert
 from .make import make_real
 from .mujoco import draw, get_state, observation_of, set_state, state_from_observation
 from .oracle import SimulatorDynamics
 
 __all__ = [
     "EMBODIMENTS",
-    "EXPERTS",
     "ChunkedActions",
     "Embodiment",
     "Expert",

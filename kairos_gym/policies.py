@@ -46,18 +46,26 @@ def ladder(env_id: str, folder: str | Path | None = None, *, seed: int = 0, prog
 
     Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``skilled`` takes the place of ``learned``.
     """
-    from envs import EXPERTS, make_real
+    from envs import make_real
 
-    env: Any = make_real(env_id)
-    space, has_expert = env.action_space, getattr(env.unwrapped, "task", None) in EXPERTS
-    able = skilled(env) if has_expert else learned(env_id, folder, seed=seed, progress=progress)
+    env = make_real(env_id)
+    space = env.action_space
+    try:
+        able = skilled(env)
+    except ValueError:  # no expert for this task, or not as it is observed and controlled here
+        able = learned(env_id, folder, seed=seed, progress=progress)
     env.close()
     return scripted(space) + able
 
 
 def skilled(env: gym.Env) -> list[Policy]:
-    """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, aiming beside, and letting go."""
+    """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, aiming beside, and letting go.
+
+    Raises ValueError where there is none.
+    """
     from envs import Expert
+
+    Expert(env)
 
     def expert(failure: str | None) -> Callable[[Any, int, Seeds], NDArray[Any]]:
         made: dict[int, Expert] = {}
