@@ -8,6 +8,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from .robosuite import RobosuiteEnv
+
 Array = NDArray[Any]
 FAILURES = (None, "offset", "drop")
 OPEN, CLOSE = -1.0, 1.0
@@ -36,10 +38,9 @@ class Expert:
     """
 
     def __init__(self, env: gym.Env, *, noise: float = 0.0, failure: str | None = None, seed: int = 0):
-        sim: Any = env.unwrapped
-        task = getattr(sim, "task", None)
-        if task not in EXPERTS:
-            raise ValueError(f"there are experts for {', '.join(EXPERTS)}, not for {task or sim}")
+        sim = env.unwrapped
+        if not isinstance(sim, RobosuiteEnv) or sim.task not in EXPERTS:
+            raise ValueError(f"there are experts for {', '.join(EXPERTS)}, not for {getattr(sim, 'task', sim)}")
         if sim.controller != "OSC_POSE" or not isinstance(sim.observation_space, gym.spaces.Box):
             raise ValueError(
                 "experts see flat observations and act by controller='OSC_POSE', got "
@@ -49,7 +50,7 @@ class Expert:
             raise ValueError(f"noise is a standard deviation, from 0 on, got {noise!r}")
         if failure not in FAILURES:
             raise ValueError(f"failure must be one of {', '.join(map(str, FAILURES))}, got {failure!r}")
-        self.fields, self._decide = sim.fields, EXPERTS[task]
+        self.fields, self._decide = sim.fields, EXPERTS[sim.task]
         self._noise, self._failure, self._rng = noise, failure, np.random.default_rng(seed)
         self._step = 0
         self._begins = int(self._rng.integers(17, 29))  # steps before a drop, when the object is held or nearly so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ast import literal_eval
+import ast
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,12 +15,12 @@ def make_real(env_id: str, *, chunk: int = 1, **gym_kwargs: Any) -> gym.Env:
     """The simulator ``env_id``; with chunk=K its step takes K actions [K,A] and is the dream's step with chunk=K.
 
     chunk=1 is ``gym.make(env_id, **gym_kwargs)`` itself. An id may bring arguments along, Python literals or words:
-    "robosuite/Lift-v0,robots=Sawyer,control_freq=10". Raises ImportError where the task needs MuJoCo or robosuite and
-    that is not installed, ValueError for a chunk below 1 or an argument without a "=", and Gymnasium's own error for an
-    unknown ``env_id``.
+    "robosuite/Lift-v0,robots=Sawyer,cameras=('agentview',)". Raises ImportError where the task needs MuJoCo or
+    robosuite and that is not installed, ValueError for a chunk below 1 or arguments of another form, and Gymnasium's
+    own error for an unknown ``env_id``.
     """
-    env_id, *arguments = env_id.split(",")
-    gym_kwargs = dict(map(_parsed, arguments)) | gym_kwargs
+    env_id, _, arguments = env_id.partition(",")
+    gym_kwargs = _parsed(arguments) | gym_kwargs
     try:
         env = gym.make(env_id, **gym_kwargs)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
@@ -32,11 +32,18 @@ def make_real(env_id: str, *, chunk: int = 1, **gym_kwargs: Any) -> gym.Env:
     return env if chunk == 1 else ChunkedActions(env, chunk)
 
 
-def _parsed(argument: str) -> tuple[str, Any]:
-    name, equals, text = argument.partition("=")
-    if not (equals and name.isidentifier()):
-        raise ValueError(f"arguments of a simulator look like name=value, got {argument!r}")
+def _parsed(arguments: str) -> dict[str, Any]:
+    """ "robots=Sawyer,control_freq=10" as a dict."""
     try:
-        return name, literal_eval(text)
-    except (ValueError, SyntaxError):
-        return name, text
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or None in [word.arg for word in call.keywords]:
+            raise ValueError
+        given = [(str(word.arg), word.value) for word in call.keywords]
+        parsed = {n: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for n, v in given}
+        if len(parsed) < len(given):
+            raise ValueError
+        return parsed
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"arguments of a simulator look like name=value,name=value, each once, got {arguments!r}"
+        ) from error

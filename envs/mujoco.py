@@ -133,11 +133,16 @@ def settle(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
 def draw(env: gym.Env, obs: ArrayLike) -> Any:
     """What ``env.render()`` gives for the observation [O], real or dreamed. ``env`` is left in the state drawn.
 
-    Raises as ``state_from_observation`` does, and TypeError where ``env`` was made without a ``render_mode``.
+    Of robosuite's tasks Lift can be drawn. Raises as ``state_from_observation`` does, and TypeError where ``env`` was
+    made without a ``render_mode``.
     """
     if env.render_mode is None:
         raise TypeError("this env has no render_mode: make it with make_real(..., render_mode='rgb_array')")
-    set_state(env, state_from_observation(env, obs, pose_only=True))
+    sim: Any = env.unwrapped
+    if hasattr(sim, "pose"):
+        sim.pose(obs)
+    else:
+        set_state(env, state_from_observation(env, obs, pose_only=True))
     return env.render()
 
 

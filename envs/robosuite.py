@@ -82,6 +82,8 @@ class RobosuiteEnv(gym.Env):
         _one_of("controller", controller, CONTROLLERS)
         _one_of("observations", observations, ("flat", "dict"))
         _one_of("render_mode", render_mode, (None, "rgb_array"))
+        _one_of("reward_shaping", reward_shaping, (True, False))
+        _one_of("terminate_on_success", terminate_on_success, (True, False))
         if isinstance(cameras, str):
             raise ValueError(f"cameras is a tuple of names, got {cameras!r}: write cameras=({cameras!r},)")
         if not isinstance(camera_size, int) or camera_size < 1:
@@ -180,6 +182,21 @@ class RobosuiteEnv(gym.Env):
         mujoco.mj_setState(self.model, self.data, np.ascontiguousarray(state[:-2]), _INTEGRATION)
         self._gripper.current_action = state[-2] * np.array(self.embodiment.closing)
         self._place()
+
+    def pose(self, obs: Any) -> None:
+        """Puts arm, fingers and cube where an observation [O] of Lift, real or dreamed, shows them: for a picture.
+
+        Raises TypeError for another task or for observations that aren't flat.
+        """
+        if self.task != "Lift" or self._dict or self._cameras:
+            raise TypeError(f"only flat observations of Lift can be drawn, not those of {self.task} as they are here")
+        shown = {name: np.asarray(obs[part], np.float64) for name, part in self.fields.items()}
+        _resize(self.model, self._inner.cube, shown["cube_size"].clip(1e-3))
+        self.data.qpos[self._robot._ref_joint_pos_indexes] = shown["joint_pos"]
+        self.data.qpos[self._robot._ref_gripper_joint_pos_indexes["right"]] = shown["gripper_qpos"]
+        quat = shown["cube_quat"][[3, 0, 1, 2]]
+        self.data.joint(self._inner.cube.joints[0]).qpos = np.r_[shown["cube_pos"], quat / np.linalg.norm(quat)]
+        mujoco.mj_forward(self.model, self.data)
 
     def _begin(self, episode: int) -> None:
         """Starts the episode of that number: everything that is drawn comes from it, in place of what came before."""

@@ -176,11 +176,11 @@ def keep(row: dict[str, Any], path: Path = Path("reports/bench.jsonl")) -> None:
 def table(path: Path = Path("reports/bench.jsonl")) -> None:
     """Print what has been measured so far as the README's tables: means over seeds."""
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    lifts: dict[tuple[str, str | None], dict[str, Any]] = {}
+    lifts: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in map(json.loads, path.read_text().splitlines()):  # of a seed that was run twice the last counts
         form = row.get("form") or row.get("pattern") or row.get("dynamics")
         if row.get("bench") == "lift":
-            lifts[row["who"], row["reward"]] = row
+            lifts[row["who"], row["reward"], row["seed"], row["episodes"]] = row
         if form is None:  # a bench of its own, which says all it has to say where it is run
             continue
         groups.setdefault((row["task"], form), {})[row.get("seed", 0)] = row
@@ -210,9 +210,9 @@ def table(path: Path = Path("reports/bench.jsonl")) -> None:
         if "cpu_seconds" in group[0]:
             cells.append(f"{_mean(row['cpu_seconds'] for row in group)} CPU-s")
         print("| " + " | ".join(cells) + " |")
-    for (who, reward), row in lifts.items():
+    for (who, reward, *_), row in lifts.items():
         lifted, interval = "{lifted} of {episodes}".format(**row), "{:.0%} to {:.0%}".format(*row["wilson_95"])
-        took = "{median_steps_of_the_lifted} steps, {cpu_seconds_thinking:.2g} CPU-s".format(**row)
+        took = f"{row['median_steps_of_the_lifted'] or '-'} steps, {row['cpu_seconds_thinking']:.2g} CPU-s"
         print(f"| lift | {who} | {reward or '-'} | {row['data'] or '-'} | {lifted} | {interval} | {took} |")
 
 

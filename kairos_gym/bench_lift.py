@@ -42,23 +42,26 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
         itself with a quarter of the candidates; "truth-budget", in the dream with as few; "clone" and "clone-best",
         behaviour cloning on all data and on the best third; "expert"; "random".
     reward: what planners want: ``envs.rewards`` staged or simple, or the reward that the model predicts.
-    Starts are those of ``reset(seed=seed)`` and the following seeds, without those that are solved already.
+    Starts are those of ``reset(seed=seed)`` and the following seeds, without those that are solved already. Planners
+    look at every second step, the others at each.
     """
     from envs import make_real
 
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
     env: Any = make_real(RECIPES["lift"].env)
     begin, about = _player(who, reward, env)
-    held: list[bool] = []
+    held: dict[int, bool] = {}  # by the start's seed
     steps, sizes, thinking, refused = [], set(), 0.0, 0
     bar = tqdm(total=episodes, unit="episode")
     while len(held) < episodes:
-        number = len(held) + refused
-        obs, info = env.reset(seed=seed + number)
+        number = seed + len(held) + refused
+        obs, info = env.reset(seed=number)
         if info["success"]:
             refused += 1
             continue
         sizes.add(tuple(obs[env.unwrapped.fields["cube_size"]].tolist()))
-        act = begin(number)
+        act = begin(number - seed)
         lasted, made, seen = 0, 0, None
         over = False
         while lasted < HOLD and not over:
@@ -73,14 +76,15 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
                 if lasted == HOLD or over:
                     break
             seen = np.stack(frames)
-        held.append(lasted == HOLD)
+        held[number] = lasted == HOLD
         steps.append(made)
-        bar.set_postfix_str(f"{sum(held)} lifted", refresh=False)
+        bar.set_postfix_str(f"{sum(held.values())} lifted", refresh=False)
         bar.update()
     bar.close()
     env.close()
-    low, high = wilson(sum(held), episodes)
-    won = [n for n, h in zip(steps, held, strict=True) if h]
+    lifted = sum(held.values())
+    low, high = wilson(lifted, episodes)
+    won = [n for n, h in zip(steps, held.values(), strict=True) if h]
     return {
         "bench": "lift",
         "who": who,
@@ -90,12 +94,12 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
         "seed": seed,
         "refused": refused,
         "cube_sizes": len(sizes),
-        "lifted": sum(held),
-        "success": sum(held) / episodes,
+        "lifted": lifted,
+        "success": lifted / episodes,
         "wilson_95": [low, high],
         "median_steps_of_the_lifted": statistics.median(won) if won else None,
         "cpu_seconds_thinking": thinking / episodes,
-        "failed": [i for i, h in enumerate(held) if not h],
+        "failed": [start for start, h in held.items() if not h],
         "machine": machine(),
     }
 
@@ -115,14 +119,8 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         return uniform, {"data": None}
     if who == "expert":
         return lambda number: _alone(Expert(env, seed=number)), {"data": None}
-    task = data("lift")
-    policy = cloned(task.spec, best(task.train, BEST) if who == "clone-best" else task.train)
     if who in ("clone", "clone-best"):
-
-        def imitate(obs: NDArray[Any]) -> NDArray[Any]:
-            return policy(torch.from_numpy(obs)).numpy()
-
-        return lambda number: _alone(imitate), {"data": "all" if who == "clone" else "best third"}
+        return _cloning(who == "clone-best"), {"data": "all" if who == "clone" else "best third"}
     fields = env.unwrapped.fields
     wanted = {"staged": staged_lift(fields), "simple": simple_lift(fields), "learned": None}[reward]
     planner: Any = FRUGAL if who.startswith("truth") else PLANNER
@@ -137,20 +135,27 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
 
         return true, about | {"data": None}
     if who == "random-data":
-        recipe = RECIPES["lift"]
+        recipe, task = RECIPES["lift"], data("lift")
         episodes = Episodes.from_minari(recorded_as(recipe, "random", 3, recipe.episodes, "mixed"))
         world = fit(config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random")
         about["data"] = "as many random steps"
     else:
         world = load("lift")
     if who == "proposed":
-        planner = Proposed(planner, policy)
+        task = data("lift")
+        planner = Proposed(planner, cloned(task.spec, task.train))
 
     def dreaming(number: int) -> Act:
         mpc = MPC(world, planner, seed=number, reward_fn=wanted)
         return lambda obs, seen: mpc.act(obs, inner_obs=seen)
 
     return dreaming, about
+
+
+def _cloning(only_best: bool) -> Callable[[int], Act]:
+    task = data("lift")
+    policy = cloned(task.spec, best(task.train, BEST) if only_best else task.train)
+    return lambda number: _alone(lambda obs: policy(torch.from_numpy(obs)).numpy())
 
 
 def _alone(policy: Callable[[NDArray[Any]], NDArray[Any]]) -> Act:

@@ -56,8 +56,10 @@ def collect(
     steps, episodes: how much, one of the two. The last episode is finished, so there may be a few more ``steps``.
     episode_steps: the time limit of an episode, instead of the simulator's own; needed where it has none.
     behaviour: "uniform", independent uniform actions; "held", uniform actions each held for 1 to 8 steps; "mixed", the
-        two by turns, an episode each; "ladder", the policies of ``kairos_gym.policies.ladder`` by turns, from doing
-        nothing to trained ones, which are trained first where they haven't been.
+        two by turns, an episode each; "ladder", the policies of ``kairos_gym.policies.ladder`` by turns, from
+        doing nothing to skilled ones, which are trained first where there is no scripted expert and they haven't been;
+        "expert", the scripted expert of robosuite's Lift, Stack or Door, by turns clean, noisy, failing and recovering,
+        and in every other episode interrupted by random actions.
     policy_seed: of the training of the ladder's policies.
     policy: observation [O] -> action [A], instead of ``behaviour``. A run that was killed gives the same data as an
         unbroken one only if the policy is a pure function.
@@ -77,6 +79,10 @@ def collect(
     env = script.env()
     try:
         _check_env(env)
+        if behaviour == "expert":
+            from envs import Expert
+
+            Expert(env)  # raises ValueError where there is none
         turns = script.turns(progress)
         recipe = _recipe(env_id, env, seed, episode_steps, behaviour, policy)
         if turns:

@@ -117,18 +117,17 @@ class Comparison:
     def foreseen(self, horizon: int) -> dict[str, Any]:
         """How well the highest reward dreamed within ``horizon`` steps tells the windows that are solved in that time.
 
-        The area under the ROC curve, 0.5 for guessing, NaN where all windows or none are solved; those that begin
-        solved are left out.
+        The area under the ROC curve, 0.5 for guessing, NaN where all windows or none are solved. Left out are those
+        that begin solved, and those whose recording ends too early to know.
         """
         solved = self.rollouts.solved
         assert solved is not None
-        valid = self.windows.real[4][:, :horizon]
+        *_, ended, valid = (x[:, :horizon] for x in self.windows.real)
         frames = (self.windows.at[:, None] + torch.arange(1, horizon + 1)).clamp_max(len(solved) - 1)
-        began = solved[self.windows.at]
-        truly = (solved[frames] & valid).any(1)[~began]
-        # Where the recording ends nobody knows what would have come.
-        reward = self.dreamed.reward[:, :horizon].nan_to_num(-torch.inf).masked_fill(~valid, -torch.inf)
-        most = reward.amax(1)[~began]
+        truly = (solved[frames] & valid).any(1)
+        known = ~solved[self.windows.at] & (truly | ended.any(1) | valid.all(1))
+        most = self.dreamed.reward[:, :horizon].nan_to_num(-torch.inf).amax(1)[known]
+        truly = truly[known]
         won, lost = most[truly], most[~truly]
         above = (won[:, None] > lost).float() + 0.5 * (won[:, None] == lost).float()
         return {"auc": above.mean().item(), "solved": len(won), "not": len(lost)}

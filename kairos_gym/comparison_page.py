@@ -178,7 +178,8 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         )
         report.text(
             "Whether a stretch will be solved, told by the highest reward that is dreamed in it: the area under the "
-            "ROC curve, 0.5 for guessing and 1 for knowing. Stretches that begin solved are left out."
+            "ROC curve, 0.5 for guessing and 1 for knowing. Left out are stretches that begin solved, and those that "
+            "end too early to know."
         )
 
     _believes(report, comparison, numbers)

@@ -49,6 +49,10 @@ def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int
     """The demo with any dynamics in the place of the shipped model -> the page's path."""
     from envs import SimulatorDynamics
 
+    if env_id.startswith("robosuite/"):
+        raise ValueError(
+            "the demo also plans on the true simulator, which takes hours with robosuite: see `kairos bench lift`"
+        )
     planner = GENTLE if env_id == "Reacher-v5" else PLANNER
     print(f"Planning in the dream, acting in {env_id}: {episodes} episodes.")
     runs = {"in the dream": plan(env_id, world, planner, episodes=episodes, seed=seed)}

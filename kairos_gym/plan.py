@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -49,7 +51,7 @@ def plan(
     ``reset(seed=seed + e)``, whoever plays, so results with the same seed are paired. Raises ValueError where the
     dynamics' spaces, bounds included, are not the simulator's, and for no episodes or a seed outside 0 to 2**31 - 1.
     """
-    from envs import make_real  # the roof loads no simulator before somebody needs one
+    from envs import SimulatorDynamics, make_real  # the roof loads no simulator before somebody needs one
 
     if episodes < 1 or not 0 <= seed < 2**31:
         raise ValueError(f"episodes must be at least 1 and seed 0 to 2**31 - 1, got {episodes=}, {seed=}")
@@ -61,9 +63,15 @@ def plan(
     env.close()
     mpc = MPC(dynamics, planner, seed=seed)
     mpc.reset(episodes)
-    return play(
-        env_id, lambda obs, inner: mpc.act(obs, inner_obs=inner), episodes=episodes, seed=seed, progress=progress
-    )
+    sims = [make_real(env_id) for _ in range(episodes)]
+
+    def act(obs: NDArray[Any], inner: NDArray[Any] | None) -> NDArray[Any]:
+        if not isinstance(dynamics, SimulatorDynamics):
+            return mpc.act(obs, inner_obs=inner)
+        states = [dynamics.capture(sim)["simulator"] for sim in sims]  # not all observations tell the state
+        return mpc.act(obs, state=dynamics.at(torch.cat(states)))
+
+    return play(env_id, act, episodes=episodes, seed=seed, progress=progress, sims=sims)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -88,13 +96,18 @@ def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> Played:
     return play(env_id, act, episodes=episodes, seed=seed)
 
 
-def play(env_id: str, act: Act, *, episodes: int, seed: int, progress: bool = False) -> Played:
-    """Play ``episodes`` of the simulator side by side, with one ``act`` for all, begun as ``plan`` begins them."""
+def play(
+    env_id: str, act: Act, *, episodes: int, seed: int, progress: bool = False, sims: Sequence[gym.Env] | None = None
+) -> Played:
+    """Play ``episodes`` of the simulator side by side, with one ``act`` for all, begun as ``plan`` begins them.
+
+    sims: the simulators to play in, one for each episode, for an ``act`` that looks into them; they are closed.
+    """
     from envs import make_real
 
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    sims = [make_real(env_id) for _ in range(episodes)]
+    sims = [make_real(env_id) for _ in range(episodes)] if sims is None else sims
     seen = [[sim.reset(seed=seed + e)[0]] for e, sim in enumerate(sims)]
     played: list[list[NDArray[Any]]] = [[] for _ in sims]
     returns, done, inner = np.zeros(episodes), np.zeros(episodes, bool), None

@@ -100,6 +100,11 @@ def _of_simulator(dataset: Any) -> tuple[float, int | None]:
     except Exception as error:  # whatever stops a simulator from being made doesn't stop training on its data
         why = " ".join(str(error).split())
         print(f"the simulator of {dataset.id} can't be made ({why}): a step is taken to last 1 s", file=sys.stderr)
-    if dataset.env_spec is not None and dataset.env_spec.id in gym.registry:
+    name = (simulator_of(dataset) or "").split(",")
+    if (
+        dataset.env_spec is not None
+        and dataset.env_spec.id in gym.registry
+        and not any(argument.strip().startswith("max_episode_steps") for argument in name)
+    ):
         limit = gym.spec(dataset.env_spec.id).max_episode_steps
     return dt, limit

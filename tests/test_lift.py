@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from envs import Expert, make_real
+from envs import Expert, SimulatorDynamics, make_real
 from envs.rewards import lifted, simple_lift, staged_lift
 from kairos_gym import collect as recording
-from kairos_gym.bench_lift import PLANNER, wilson
+from kairos_gym.bench_lift import PLANNER, lift, wilson
 from kairos_gym.collect import collect, simulator_of
 from kairos_gym.models import load
+from kairos_gym.plan import plan
 from kairos_gym.playing import TURNS
 from kairos_gym.policies import ladder
-from planners import MPC
+from planners import CEM, MPC
 
 robosuite = pytest.importorskip("robosuite", exc_type=ImportError)
 
@@ -30,8 +31,20 @@ def test_an_id_brings_arguments_along() -> None:
     assert env.unwrapped.embodiment.name == "Sawyer" and env.unwrapped.dt == 0.1  # type: ignore[attr-defined]
     assert make_real("Pendulum-v1,g=9.0").unwrapped.g == 9.0  # type: ignore[attr-defined]
     assert make_real("Pendulum-v1,g=9.0", g=8.0).unwrapped.g == 8.0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="look like name=value, got 'robots'"):
-        make_real("robosuite/Lift-v0,robots")
+    seeing = make_real("robosuite/Lift-v0,cameras=('agentview', 'frontview'),robots=IIWA", disable_env_checker=True)
+    assert list(seeing.observation_space) == ["state", "agentview", "frontview"]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("arguments", ["robots", "robots=", "robots=Panda,robots=IIWA", "g=f(3)", "1=2", "g=1)+f(h=2"])
+def test_arguments_of_an_id_have_one_form(arguments: str) -> None:
+    with pytest.raises(ValueError, match="look like name=value"):
+        make_real(f"robosuite/Lift-v0,{arguments}")
+
+
+@pytest.mark.parametrize("name", ["terminate_on_success", "reward_shaping"])
+def test_a_switch_is_true_or_false(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of True, False, got 'no'"):
+        make_real(f"robosuite/Lift-v0,{name}=no")
 
 
 def test_without_termination_a_cube_can_be_held() -> None:
@@ -110,6 +123,7 @@ def test_there_is_no_expert_for_every_simulator(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there are experts for Lift, Stack, Door"):
         recording.collect("Pendulum-v1", "pp/a-v0", seed=0, episodes=1, behaviour="expert", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_experts_take_the_place_of_trained_policies_in_a_ladder() -> None:
@@ -122,6 +136,30 @@ def test_experts_take_the_place_of_trained_policies_in_a_ladder() -> None:
         actions = policy.act(obs, 20, seeds)
         assert actions.shape == (3, 7) and env.action_space.contains(actions[0])
         np.testing.assert_array_equal(policy.act(obs[1:], 20, seeds[1:]), actions[1:])  # a pure function
+
+
+def test_a_pose_shows_what_was_observed(way: tuple[torch.Tensor, Any]) -> None:
+    seen, fields = way
+    env: Any = make_real("robosuite/Lift-v0")
+    env.reset(seed=77)  # another cube, elsewhere
+    env.unwrapped.pose(seen[-1].numpy())
+    shown = env.unwrapped._get_obs()
+    for name in ("eef_pos", "cube_pos", "cube_quat", "cube_size", "joint_pos", "gripper_qpos"):
+        np.testing.assert_allclose(shown[fields[name]], seen[-1][fields[name]], atol=1e-6, err_msg=name)
+    stack: Any = make_real("robosuite/Stack-v0")
+    with pytest.raises(TypeError, match="only flat observations of Lift can be drawn, not those of Stack"):
+        stack.unwrapped.pose(stack.reset(seed=0)[0])
+
+
+def test_the_true_simulator_plans_from_states_that_observations_do_not_tell() -> None:
+    name = "robosuite/Lift-v0,max_episode_steps=2"
+    played = plan(name, SimulatorDynamics(name), CEM(horizon=1, candidates=4, iterations=1, elites=2), episodes=1)
+    assert played.returns.shape == (1,) and 0 <= played.returns[0] <= 2
+
+
+def test_lift_needs_an_episode() -> None:
+    with pytest.raises(ValueError, match="episodes must be at least 1"):
+        lift("random", episodes=0)
 
 
 def test_wilsons_interval() -> None:
