@@ -167,7 +167,7 @@ def wilson(won: int, of: int, z: float = 1.96) -> tuple[float, float]:
     rate = won / of
     middle = (rate + z * z / (2 * of)) / (1 + z * z / of)
     half = z * sqrt(rate * (1 - rate) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def lift_speed() -> dict[str, Any]:

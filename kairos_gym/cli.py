@@ -268,7 +268,7 @@ def compare(
         success_fn=success_fn,
         references=references,
     )
-    folder = out or Path("reports") / f"{Path(model).name}-{env_id}"
+    folder = out or Path("reports") / f"{Path(model).name}-{env_id}".replace("/", "-")
     path = comparison_page.write(found, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
     print("\n".join(comparison_page.in_short(found.numbers())), f"The report: {path}", sep="\n\n")
 
