@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from world_model.native import available
+
 Cell = str | int | float
 
 STYLE = """
@@ -110,7 +112,7 @@ def as_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def machine() -> str:
-    """What ran it, in a line: processor, cores, threads, versions."""
+    """What ran it, in a line: processor, cores, threads, kernels, versions."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -119,7 +121,8 @@ def machine() -> str:
     )
     processor = names[0] if names else platform.processor() or platform.machine()
     return (
-        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads; {platform.system()}, "
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"{'native' if available('dream') else 'torch'} kernels; {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, kairos_gym {version('kairos_gym')}"
     )
 

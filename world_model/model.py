@@ -21,6 +21,7 @@ from world_model.contract import Imagined, Spec
 from world_model.draft import Draft, Outcome
 from world_model.episodes import Starts
 from world_model.flow import euler, shift_factor
+from world_model.fused import forget, fused
 from world_model.mot import Memory, Trunk
 from world_model.noise import normal
 from world_model.state import LatentState
@@ -108,10 +109,11 @@ class WorldModel(nn.Module):
             raise ValueError("obs must be finite, got NaN or infinity; a world model can't be told what isn't a number")
         first = state["age"][:, None] + torch.arange(obs.shape[1], device=obs.device) == 0
         self._expect_within_bounds(actions, first)
+        obs, actions = obs.to(self.error), actions.to(self.error)
+        if fast := fused(self, state, obs, actions):
+            return fast.observe(state, obs, actions)
         # In pieces: one pass costs the square of its frames, and streaming gives the same result.
-        for piece, played in zip(
-            obs.to(self.error).split(PIECE, 1), actions.to(self.error).split(PIECE, 1), strict=True
-        ):
+        for piece, played in zip(obs.split(PIECE, 1), actions.split(PIECE, 1), strict=True):
             state = self._write(state, piece, self.scaling.obs(piece), self.scaling.action(played))
         return state
 
@@ -128,10 +130,15 @@ class WorldModel(nn.Module):
             raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
         if flow_steps < 1:
             raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
+        actions = actions.to(self.error)
+        if (fast := fused(self, state, actions)) and (
+            done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+        ):
+            return done
         self._expect_within_bounds(actions, None)
         if bool((state["age"] == 0).any()):
             raise ValueError("imagine needs a dream that has seen something: call observe first")
-        act = self.scaling.action(actions.to(self.error))
+        act = self.scaling.action(actions)
         start = self.scaling.obs(state["obs"])
         before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
         k = act.shape[1]
@@ -158,6 +165,10 @@ class WorldModel(nn.Module):
         reward = outcome[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
         terminated = (outcome[..., 1] > 0) & self.terminates
         return self._write(state, obs, scaled, act), Imagined(obs if decode else None, reward, terminated)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .double() and the like go through
+        forget(self)
+        return super()._apply(fn, recurse)
 
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 

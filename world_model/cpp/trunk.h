@@ -1,0 +1,268 @@
+// One pass of a tile of dreams through the layers: mot.py's Trunk onto a memory that exists.
+#pragma once
+
+#include "weights.h"
+
+namespace {
+
+struct Call {
+  int64_t batch, frames;  // B, and K or T
+  int steps;              // Euler steps
+  const float* grid;      // [steps+1]
+  const int64_t* age;
+  const float *obs, *before, *actions, *noise;  // [B,O], [B,O] or null, [B,F,A], [B,F,O] or null
+  const float* seen;                            // [B,F,O], evidence
+  const float* const* memory;                   // a layer's tensors in the order of its letter
+  float* const* written;
+  float *obs_out, *reward;  // [B,F,O], [B,F]
+  uint8_t* terminated;
+  float *last, *before_out;  // [B,O]
+  int64_t* age_out;
+};
+
+struct Tokens {  // where one pass keeps its projections
+  float *keys, *queries, *gates;
+  int ld_keys, ld_queries, ld_gates;
+};
+
+const float* memory_of(const Model& m, const float* const* tensors, int layer, int which) {
+  int at = 0;
+  for (int i = 0; i < layer; i++) at += m.layers[i].letter == 'G' ? 1 : 2;
+  return tensors[at + which];
+}
+
+void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx, float* normed, Tokens& t, bool queries,
+             bool gates, int inner) {
+  normalise(s.norm, 1e-5f, rows, x, ldx, normed, ldx);
+  linear(s.keys, rows, normed, ldx, t.keys, t.ld_keys);
+  if (queries) {
+    linear(s.queries, rows, normed, ldx, t.queries, t.ld_queries);
+    if (s.hidden)
+      for (int r = 0; r < rows; r++) silu(t.queries + size_t(r) * t.ld_queries + inner, pad(s.hidden));
+  }
+  if (gates) {  // in place: alpha of each head, then beta
+    linear(s.gates, rows, normed, ldx, t.gates, t.ld_gates);
+    for (int r = 0; r < rows; r++)
+      for (int j = 0; j < int(l.rate.size()); j += V) {
+        float* g = t.gates + size_t(r) * t.ld_gates + j;
+        const vec x = load(g), rate = load(l.rate.data() + j), e = exponential(x);
+        const vec alpha = exponential(-rate * (x > 15.0f ? x : logarithm(1.0f + e)));
+        store(g, rate > 0.0f ? alpha : x > 15.0f ? all(1.0f) : e / (1.0f + e));
+      }
+  }
+}
+
+float dot(const float* x, const float* y, int n) {
+  vec total = {};
+  int i = 0;
+  for (; i + V <= n; i += V) total += load(x + i) * load(y + i);
+  float s = sum(total);
+  for (; i < n; i++) s += x[i] * y[i];
+  return s;
+}
+
+void to_unit(float* x, int n) {
+  const float by = 1.0f / std::max(std::sqrt(dot(x, x, n)), 1e-12f);
+  for (int i = 0; i < n; i++) x[i] *= by;
+}
+
+// Softmax attention of one dream's head: queries [rows,d] with stride -> out [rows,d] over keys^T and values in panels.
+// `bias` [frames,ldk] is added to the scores of the queries of each frame (`per` of them); the first `dead` are unseen.
+void attend(int rows, int per, const float* q, int ldq, int d, const float* keys, const float* values, int count,
+            int dead, float scale, const float* bias, float* scores, float* tmp, float* out, int ldo, bool add) {
+  const int ldk = panels(count) * PANEL, ldv = panels(d) * PANEL;
+  product(rows, q, ldq, keys, d, count, nullptr, scores, ldk);
+  for (int r = 0; r < rows; r++) {
+    float* s = scores + size_t(r) * ldk;
+    const float* b = bias + size_t(r / per) * ldk;
+    vec top = all(NEVER);
+    for (int j = 0; j < ldk; j += V) store(s + j, load(s + j) * scale + load(b + j));
+    for (int j = 0; j < dead; j++) s[j] = NEVER;
+    for (int j = 0; j < ldk; j += V) top = most(top, load(s + j));
+    const float peak = highest(top);
+    vec total = {};
+    for (int j = 0; j < ldk; j += V) {
+      vec e = exponential(load(s + j) - peak);
+      total += e;
+      store(s + j, e);
+    }
+    const float by = 1.0f / sum(total);
+    for (int j = 0; j < ldk; j += V) store(s + j, load(s + j) * by);
+  }
+  product(rows, scores, ldk, values, count, d, nullptr, tmp, ldv);
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < d; j++) {
+      float& o = out[size_t(r) * ldo + j];
+      o = add ? o + tmp[size_t(r) * ldv + j] : tmp[size_t(r) * ldv + j];
+    }
+}
+
+// One key onto a memory [d,e] in panels, and a question to what it then holds: delta.py's recurrence, of one head.
+// value [ldv] comes back as what was written; told [ldv] answers `q` where there is one.
+inline void delta_step(int d, int ldv, const float* k, const float* q, float* value, float alpha, float beta, float* state,
+                       float* told) {
+  const float both = q ? dot(k, q, d) : 0.0f;
+  for (int e = 0; e < ldv; e += PANEL) {
+    vec a0 = {}, a1 = {}, b0 = {}, b1 = {}, c0 = {}, c1 = {}, d0 = {}, d1 = {};  // two sums each: none waits for another
+    const float* s = state + size_t(e) * d;
+    int j = 0;
+    for (; j + 2 <= d; j += 2, s += 2 * PANEL) {
+      const vec x0 = load(s), x1 = load(s + V), y0 = load(s + PANEL), y1 = load(s + PANEL + V);
+      a0 += k[j] * x0, a1 += k[j] * x1, c0 += k[j + 1] * y0, c1 += k[j + 1] * y1;
+      if (q) b0 += q[j] * x0, b1 += q[j] * x1, d0 += q[j + 1] * y0, d1 += q[j + 1] * y1;
+    }
+    for (; j < d; j++, s += PANEL) {
+      a0 += k[j] * load(s), a1 += k[j] * load(s + V);
+      if (q) b0 += q[j] * load(s), b1 += q[j] * load(s + V);
+    }
+    const vec w0 = (load(value + e) - alpha * (a0 + c0)) * beta, w1 = (load(value + e + V) - alpha * (a1 + c1)) * beta;
+    store(value + e, w0), store(value + e + V, w1);
+    if (q) store(told + e, alpha * (b0 + d0) + both * w0), store(told + e + V, alpha * (b1 + d1) + both * w1);
+    float* u = state + size_t(e) * d;
+    for (j = 0; j < d; j++, u += PANEL) {
+      store(u, alpha * load(u) + k[j] * w0);
+      store(u + V, alpha * load(u + V) + k[j] * w1);
+    }
+  }
+}
+
+struct Pass {
+  int dreams, frames;
+  int64_t first;  // of the dreams, in the call
+  bool noisy;
+  const Call* call;
+};
+
+size_t pass_room(const Model& m, int rows) {  // rows: frames of all dreams of a tile
+  size_t most_keys = 0, group = m.group();
+  for (const Layer& l : m.layers) most_keys = std::max<size_t>(most_keys, m.keys(l, m.K));
+  const size_t ldk = panels(most_keys) * PANEL, ldv = panels(m.d) * PANEL;
+  const size_t width = pad(std::max(m.D, m.Da)), token = rows * group;
+  size_t own = token * (width + panels(2 * m.inner()) * PANEL + panels(2 * m.H) * PANEL +
+                        panels(m.inner() + m.expand * std::max(m.D, m.Da)) * PANEL + PANEL);
+  size_t heads = pad(m.d) * ldk + most_keys * ldv + m.K * group * (ldk + 2 * ldv) + 3 * ldv * size_t(pad(m.d)) + 8 * ldv;
+  return own + heads + size_t(64) * V;
+}
+
+// One pass over the layers: noisy chunks onto the memory, or clean frames, which are written to it.
+// world [dreams*frames*P, ld], action [dreams*frames, ld]; as after the last layer, where the noisy world is left.
+void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, int lda, Arena a) {
+  const int group = m.group(), d = m.d, inner = m.inner(), F = p.frames, N = F * group;
+  const int rows_w = p.dreams * F * m.P, rows_a = p.dreams * F;
+  const int ldk2 = panels(2 * inner) * PANEL, ldg = panels(2 * m.H) * PANEL, ldv = panels(d) * PANEL;
+  const int ldq_w = panels(inner + m.expand * m.D) * PANEL, ldq_a = panels(inner + m.expand * m.Da) * PANEL;
+  int most_keys = 0;
+  for (const Layer& l : m.layers) most_keys = std::max(most_keys, m.keys(l, F));
+  const int most_ld = panels(most_keys) * PANEL;
+  float* normed = a.take(size_t(std::max(rows_w * ldw, rows_a * lda)));
+  Tokens w{a.take(size_t(rows_w) * ldk2), a.take(size_t(rows_w) * ldq_w), a.take(size_t(rows_w) * ldg), ldk2, ldq_w, ldg};
+  Tokens t{a.take(size_t(rows_a) * ldk2), a.take(size_t(rows_a) * ldq_a), a.take(size_t(rows_a) * ldg), ldk2, ldq_a, ldg};
+  float* keys = a.take(size_t(pad(d)) * most_ld);
+  float* values = a.take(size_t(most_keys) * ldv);
+  float* scores = a.take(size_t(N) * most_ld);
+  float* tmp = a.take(size_t(N) * ldv);
+  float* told = a.take(size_t(N) * ldv);
+  float* state = a.take(size_t(pad(d)) * ldv);
+  float* value = a.take(size_t(ldv));
+  std::vector<float> nothing;   // a bias of zeros over the chunk's own keys
+  std::vector<float*> key(N);   // where each token's keys [inner] and values [inner] are
+
+  for (int i = 0; i < m.L; i++) {
+    const Layer& l = m.layers[i];
+    const bool G = l.letter == 'G', ask_w = p.noisy || !l.last, ask_a = !l.last, gates = G && !p.noisy;
+    project(l, l.world, rows_w, world, ldw, normed, w, ask_w, gates, inner);
+    project(l, l.action, rows_a, action, lda, normed, t, ask_a, gates, inner);
+    const int past = G ? 0 : l.past * group, count = past + N, ldk = panels(count) * PANEL;
+    if (G) {
+      nothing.assign(size_t(ldk), NEVER);
+      std::fill(nothing.begin(), nothing.begin() + count, 0.0f);
+    }
+    for (int b = 0; b < p.dreams; b++) {
+      const int64_t row = p.first + b;
+      for (int f = 0, n = 0; f < F; f++) {
+        for (int g = 0; g < m.P; g++) key[n++] = w.keys + size_t((b * F + f) * m.P + g) * ldk2;
+        key[n++] = t.keys + size_t(b * F + f) * ldk2;
+      }
+      float* ask_world = w.queries + size_t(b) * F * m.P * ldq_w;
+      float* ask_action = t.queries + size_t(b) * F * ldq_a;
+      for (int h = 0; h < m.H; h++) {
+        float *qw = ask_world + h * d, *qa = ask_action + h * d;
+        if (G) {
+          for (int n = 0; n < N; n++) to_unit(key[n] + h * d, d);
+          if (ask_w) for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * ldq_w, d);
+          if (ask_a) for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * ldq_a, d);
+          const float* old = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * d * d;  // [e,d]
+          if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
+          for (int e = 0; e < d; e += PANEL)
+            transpose([=](int r) { return old + size_t(e + r) * d; }, std::min(PANEL, d - e), d, state + size_t(e) * d, PANEL);
+          if (!p.noisy) {
+            for (int n = 0; n < N; n++) {
+              const int f = n / group, g = n % group;
+              const bool of_world = g < m.P, ask = of_world ? ask_w : ask_a;
+              const float* gate = of_world ? w.gates + size_t((b * F + f) * m.P + g) * ldg : t.gates + size_t(b * F + f) * ldg;
+              float* q = of_world ? qw + size_t(f * m.P + g) * ldq_w : qa + size_t(f) * ldq_a;
+              const float* k = key[n] + h * d;
+              copy(value, k + inner, d);
+              delta_step(d, ldv, k, ask ? q : nullptr, value, gate[h], gate[m.H + h], state, told);
+              if (ask) normalise(Norm{d}, 1e-2f, 1, told, ldv, q, ldv);
+            }
+            float* to = const_cast<float*>(memory_of(m, p.call->written, i, 0)) + (row * m.H + h) * d * d;
+            for (int e = 0; e < d; e += PANEL)
+              transpose([=](int r) { return state + size_t(e) * d + size_t(r) * PANEL; }, d, std::min(PANEL, d - e),
+                        to + size_t(e) * d, d);
+            continue;
+          }
+        }
+        if (!ask_w) continue;  // nobody asks: what is written is all
+        const float *old_k = nullptr, *old_v = nullptr;
+        if (!G) {
+          old_k = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * int64_t(past) * d;
+          old_v = memory_of(m, p.call->memory, i, 1) + (row * m.H + h) * int64_t(past) * d;
+        }
+        // keys^T and values in panels: the buffer's, then the pass's own
+        for (int from = 0; from < count; from += PANEL) {
+          float* panel = keys + size_t(from) * d;
+          const int here = std::min(PANEL, count - from);
+          if (here < PANEL) std::fill(panel, panel + size_t(d) * PANEL, 0.0f);
+          auto row = [&](int j) { return j + from < past ? old_k + size_t(j + from) * d : key[j + from - past] + h * d; };
+          transpose(row, here, d, panel, PANEL);
+        }
+        for (int from = 0; from < d; from += PANEL) {
+          const int here = std::min(PANEL, d - from);
+          float* to = values + size_t(from) * count;
+          if (here < PANEL) std::fill(to, to + size_t(count) * PANEL, 0.0f);
+          for (int j = 0; j < past; j++, to += PANEL) copy(to, old_v + size_t(j) * d + from, here);
+          for (int n = 0; n < N; n++, to += PANEL) copy(to, key[n] + inner + h * d + from, here);
+        }
+        const int dead = G ? 0 : int(std::max<int64_t>(0, l.past - p.call->age[row])) * group;
+        const float* bias = G ? nothing.data() : (p.noisy ? l.noisy : l.clean)[F].data() + size_t(h) * F * ldk;
+        const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
+        auto ask = [&](int rows, int per, float* q, int ldq) {
+          if (!G) return attend(rows, per, q, ldq, d, keys, values, count, dead, scale, bias, scores, tmp, q, ldq, false);
+          product(rows, q, ldq, state, d, d, nullptr, told, ldv);
+          attend(rows, rows, q, ldq, d, keys, values, count, 0, scale, bias, scores, tmp, q, ldq, false);
+          for (int r = 0; r < rows; r++) {
+            normalise(Norm{d}, 1e-2f, 1, told + size_t(r) * ldv, ldv, told + size_t(r) * ldv, ldv);
+            for (int j = 0; j < d; j++) q[size_t(r) * ldq + j] += told[size_t(r) * ldv + j];
+          }
+        };
+        ask(F * m.P, m.P, qw, ldq_w);
+        if (ask_a) ask(F, 1, qa, ldq_a);
+      }
+      if (!G && !p.noisy)
+        for (int h = 0; h < m.H; h++)
+          for (int which = 0; which < 2; which++) {
+            const int64_t at = (row * m.H + h) * int64_t(past) * d;
+            const float* old = memory_of(m, p.call->memory, i, which) + at;
+            float* to = const_cast<float*>(memory_of(m, p.call->written, i, which)) + at;
+            const int left = std::max(0, past - N);
+            std::memcpy(to, old + int64_t(past - left) * d, size_t(left) * d * sizeof(float));
+            for (int j = left; j < past; j++) copy(to + size_t(j) * d, key[N - past + j] + which * inner + h * d, d);
+          }
+    }
+    if (ask_w) linear<true>(l.world.leave, rows_w, w.queries, ldq_w, world, ldw);
+    if (ask_a) linear<true>(l.action.leave, rows_a, t.queries, ldq_a, action, lda);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,302 @@
+// What all of the compiled code is made of: vectors, exp and log, products, norms, transposes, working memory.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int V = 16, ROWS = 12;  // floats in a vector, rows of a block of a product: what the registers hold
+#elif defined(__AVX__)
+constexpr int V = 8, ROWS = 6;
+#else
+constexpr int V = 4, ROWS = 4;
+#endif
+constexpr int PANEL = 2 * V, TILE = 2 * 12;
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+typedef float vec __attribute__((vector_size(V * 4)));
+typedef int32_t ivec __attribute__((vector_size(V * 4)));
+
+inline vec load(const float* p) { vec x; std::memcpy(&x, p, sizeof x); return x; }
+inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+inline void keep(vec& x) {  // in its register: GCC would load it anew for each row
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE__)
+  asm("" : "+x"(x));
+#endif
+}
+inline vec all(float x) { return x - vec{}; }
+inline vec least(vec a, vec b) { return a < b ? a : b; }
+inline vec most(vec a, vec b) { return a > b ? a : b; }
+inline float sum(vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float s = 0;
+  for (int i = 0; i < V; i++) s += x[i];
+  return s;
+#endif
+}
+constexpr int pad(int n) { return (n + V - 1) / V * V; }
+constexpr int panels(int n) { return (n + PANEL - 1) / PANEL; }
+
+inline float highest(vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float s = x[0];
+  for (int i = 1; i < V; i++) s = x[i] > s ? x[i] : s;
+  return s;
+#endif
+}
+
+inline vec exponential(vec x) {  // Cephes' expf: two ulp; NaN stays NaN, exp(-inf) is 0
+  vec n = least(most(x, all(-87.3f)), all(88.3f)) * 1.44269504f;
+  n = (n + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  vec y = p * r * r + r + 1.0f;
+  ivec scaled = (ivec)y + (__builtin_convertvector(n, ivec) << 23);
+  vec e = x < -87.3f ? all(0.0f) : (vec)scaled;
+  e = x > 88.3f ? all(std::numeric_limits<float>::infinity()) : e;
+  return x != x ? x : e;
+}
+
+inline vec logarithm(vec x) {  // Cephes' logf, of positive numbers; NaN stays NaN
+  ivec bits = (ivec)x;
+  vec e = __builtin_convertvector(((bits >> 23) & 255) - 126, vec);
+  vec m = (vec)((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+  e = m < 0.707106781f ? e - 1.0f : e;
+  m = m < 0.707106781f ? m + m - 1.0f : m - 1.0f;
+  vec z = m * m, p = all(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  vec y = p * m * z + e * -2.12194440e-4f - 0.5f * z;
+  y = m + y + e * 0.693359375f;
+  return x != x ? x : y;
+}
+
+inline vec root(vec x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_sqrt_ps((__m512)x);
+#else
+  for (int i = 0; i < V; i++) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+inline void copy(float* to, const float* from, int n) {
+  int i = 0;
+  for (; i + V <= n; i += V) store(to + i, load(from + i));
+  for (; i < n; i++) to[i] = from[i];
+}
+
+// y *= sigmoid(x), over n floats that are padded to whole vectors
+inline void times_silu(const float* x, float* y, int n) {
+  for (int i = 0; i < n; i += V) {
+    vec a = load(x + i);
+    store(y + i, load(y + i) * (a / (1.0f + exponential(-a))));
+  }
+}
+
+inline void silu(float* x, int n) {
+  for (int i = 0; i < n; i += V) {
+    vec a = load(x + i);
+    store(x + i, a / (1.0f + exponential(-a)));
+  }
+}
+
+// --- products
+
+struct Matrix {  // [in,out] in panels of columns, each stored row by row; zeros beyond `out`
+  int in = 0, out = 0;
+  std::vector<float> weight, bias;
+  int ld() const { return panels(out) * PANEL; }
+};
+
+// `rows` [from,to) of a torch Linear's weight [out,in] and bias [out]
+Matrix packed(const float* weight, const float* bias, int in, int from, int to) {
+  Matrix m;
+  m.in = in, m.out = to - from;
+  m.weight.assign(size_t(m.ld()) * in, 0.0f), m.bias.assign(m.ld(), 0.0f);
+  for (int o = 0; o < m.out; o++) {
+    for (int i = 0; i < in; i++)
+      m.weight[size_t(o / PANEL) * PANEL * in + size_t(i) * PANEL + o % PANEL] = weight[size_t(from + o) * in + i];
+    if (bias) m.bias[o] = bias[from + o];
+  }
+  return m;
+}
+
+template <int M, bool ADD>
+inline void block(const float* a, int lda, const float* w, int in, const float* bias, float* c, int ldc) {
+  constexpr int U = M == 1 ? 4 : M <= 3 ? 2 : 1;  // few rows: several sums each, so that none waits for another
+  vec low[U][M] = {}, high[U][M] = {};
+  for (int i = 0; i < M; i++) {
+    if (bias) low[0][i] = load(bias), high[0][i] = load(bias + V);
+    if (ADD) low[0][i] += load(c + size_t(i) * ldc), high[0][i] += load(c + size_t(i) * ldc + V);
+  }
+  int k = 0;
+  for (; k + U <= in; k += U, w += U * PANEL)
+    for (int u = 0; u < U; u++) {
+      vec w0 = load(w + u * PANEL), w1 = load(w + u * PANEL + V);
+      keep(w0), keep(w1);
+      for (int i = 0; i < M; i++) {
+        float x = a[size_t(i) * lda + k + u];
+        low[u][i] += x * w0, high[u][i] += x * w1;
+      }
+    }
+  for (; k < in; k++, w += PANEL)
+    for (int i = 0; i < M; i++) {
+      float x = a[size_t(i) * lda + k];
+      low[0][i] += x * load(w), high[0][i] += x * load(w + V);
+    }
+  for (int i = 0; i < M; i++) {
+    for (int u = 1; u < U; u++) low[0][i] += low[u][i], high[0][i] += high[u][i];
+    store(c + size_t(i) * ldc, low[0][i]), store(c + size_t(i) * ldc + V, high[0][i]);
+  }
+}
+
+template <int M, bool ADD>
+void rest(int rows, const float* a, int lda, const float* w, int in, const float* bias, float* c, int ldc) {
+  if constexpr (M > 0) {
+    if (rows == M) block<M, ADD>(a, lda, w, in, bias, c, ldc);
+    else rest<M - 1, ADD>(rows, a, lda, w, in, bias, c, ldc);
+  }
+}
+
+// c [rows,columns] = a [rows,in] @ w + bias, or += ; w in panels, c with room for whole panels
+template <bool ADD = false>
+void product(int rows, const float* a, int lda, const float* w, int in, int columns, const float* bias, float* c,
+             int ldc) {
+  for (int p = 0; p < columns; p += PANEL, w += size_t(in) * PANEL) {
+    const float* b = bias ? bias + p : nullptr;
+    int r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+      block<ROWS, ADD>(a + size_t(r) * lda, lda, w, in, b, c + size_t(r) * ldc + p, ldc);
+    rest<ROWS - 1, ADD>(rows - r, a + size_t(r) * lda, lda, w, in, b, c + size_t(r) * ldc + p, ldc);
+  }
+}
+
+template <bool ADD = false>
+void linear(const Matrix& m, int rows, const float* a, int lda, float* c, int ldc) {
+  product<ADD>(rows, a, lda, m.weight.data(), m.in, m.out, m.bias.data(), c, ldc);
+}
+
+struct Norm {
+  int size = 0;
+  const float *weight = nullptr, *bias = nullptr;
+};
+
+// y [rows,size] = layer norm of x; without weights where `norm.weight` is null. y may be x.
+void normalise(const Norm& norm, float eps, int rows, const float* x, int ldx, float* y, int ldy) {
+  const int n = norm.size, whole = n / V * V;
+  for (int r = 0; r < rows; r++, x += ldx, y += ldy) {
+    vec total = {}, square = {};
+    for (int i = 0; i < whole; i += V) total += load(x + i);
+    float mean = sum(total);
+    for (int i = whole; i < n; i++) mean += x[i];
+    mean /= n;
+    for (int i = 0; i < whole; i += V) { vec a = load(x + i) - mean; square += a * a; }
+    float var = sum(square);
+    for (int i = whole; i < n; i++) var += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / std::sqrt(var / n + eps);
+    if (norm.weight) {
+      for (int i = 0; i < whole; i += V)
+        store(y + i, (load(x + i) - mean) * scale * load(norm.weight + i) + load(norm.bias + i));
+      for (int i = whole; i < n; i++) y[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+    } else {
+      for (int i = 0; i < whole; i += V) store(y + i, (load(x + i) - mean) * scale);
+      for (int i = whole; i < n; i++) y[i] = (x[i] - mean) * scale;
+    }
+  }
+}
+
+// --- transposes: t [columns][ldt] of the rows [columns] at row(0), row(1), ...
+
+#if defined(__AVX512F__)
+template <int S>
+inline void butterfly(vec* x) {  // one of the four stages of a 16x16 transpose
+  ivec low, high;
+  for (int i = 0; i < V; i++) {
+    low[i] = (i & S) ? V + (i ^ S) : i;
+    high[i] = (i & S) ? V + i : (i ^ S);
+  }
+  for (int i = 0; i < V; i++)
+    if (!(i & S)) {
+      vec a = x[i], b = x[i | S];
+      x[i] = __builtin_shuffle(a, b, low), x[i | S] = __builtin_shuffle(a, b, high);
+    }
+}
+#endif
+
+template <class Row>
+inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
+  int whole = 0;
+#if defined(__AVX512F__)
+  whole = columns / V * V;
+  for (int r = 0; r < rows; r += V) {
+    const int here = std::min(V, rows - r);
+    const __mmask16 mask = __mmask16((1u << here) - 1);
+    for (int c = 0; c < whole; c += V) {
+      vec x[V];
+      for (int i = 0; i < V; i++) x[i] = i < here ? load(row(r + i) + c) : vec{};
+      butterfly<8>(x), butterfly<4>(x), butterfly<2>(x), butterfly<1>(x);
+      for (int i = 0; i < V; i++) _mm512_mask_storeu_ps(t + size_t(c + i) * ldt + r, mask, (__m512)x[i]);
+    }
+  }
+#endif
+  for (int r = 0; r < rows; r++)
+    for (int c = whole; c < columns; c++) t[size_t(c) * ldt + r] = row(r)[c];
+}
+
+// --- working memory
+
+struct Arena {
+  float *base, *end;
+  float* take(size_t n) {
+    float* p = base;
+    base += (n + V - 1) / V * V;
+    if (base > end) std::abort();  // whoever asked for the room has counted wrongly
+    return p;
+  }
+};
+
+struct Room {
+  float* base = nullptr;
+  size_t size = 0;
+  ~Room() { std::free(base); }
+  Arena open(size_t n) {
+    if (n > size) {
+      std::free(base);
+      base = static_cast<float*>(std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64));
+      size = base ? n : 0;
+    }
+    return {base, base + size};
+  }
+};
+thread_local Room room;
+
+}  // namespace

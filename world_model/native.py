@@ -1,0 +1,100 @@
+"""C++ beside a slow truth: compiled on first use, kept in a cache, and done without where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FOLDER = Path(__file__).with_name("cpp")
+CHOICES = ("auto", "torch", "native")
+
+
+class NotHere(RuntimeError):
+    """Native code can't be had on this machine; says why."""
+
+
+def wanted() -> str:
+    """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", or "native" (or an error).
+
+    Raises ValueError for another word.
+    """
+    choice = os.environ.get("KAIROS_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"KAIROS_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """The compiled ``world_model/cpp/<name>.cpp``. Raises NotHere where that can't be had."""
+    source = FOLDER / f"{name}.cpp"
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        raise NotHere("there is no C++ compiler (Debian and Ubuntu: apt-get install g++)")
+    texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
+    key = hashlib.sha256("\0".join([*texts, source.name, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    built = _cache() / f"{name}-{key}.so"
+    if not built.exists():
+        _compile(compiler, source, built)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise NotHere(f"{built} can't be loaded ({error})") from error
+
+
+@cache
+def _available(name: str) -> ctypes.CDLL | None:
+    try:
+        return library(name)
+    except NotHere as error:
+        print(f"kairos_gym works in plain torch, which is slower: {error}", file=sys.stderr)
+        return None
+
+
+def available(name: str) -> ctypes.CDLL | None:
+    """The compiled ``name``; None where torch was asked for, or, said once, where it can't be had.
+
+    Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
+    """
+    match wanted():
+        case "torch":
+            return None
+        case "native":
+            return library(name)
+    return _available(name)
+
+
+def _compile(compiler: str, source: Path, built: Path) -> None:
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # several processes may build at once
+            part = Path(folder) / built.name
+            done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(part)], capture_output=True, text=True)
+            if done.returncode:
+                raise NotHere(f"{compiler} can't compile {source.name}: {done.stderr.strip()[-500:]}")
+            os.replace(part, built)
+    except OSError as error:
+        raise NotHere(f"{source.name} can't be compiled ({error})") from error
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "kairos_gym"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() + platform.machine()
