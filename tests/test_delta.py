@@ -1,4 +1,7 @@
-"""The chunked delta rule is the slow recurrence, gradients too, and the memory forgets perturbations as it should."""
+"""Every form of the delta rule is the slow recurrence, gradients too, and the memory forgets as it should."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from world_model.delta import delta_chunked, delta_recurrent
+from world_model import native
+from world_model.delta import delta, delta_chunked, delta_recurrent
 
 NAMES = ("q", "k", "v", "log_alpha", "beta", "state")
 
@@ -21,16 +25,18 @@ def inputs(
     forget: float = 0.1,
     write: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    d: int = 5,
+    e: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """B=2, H=2, d=5, e=3. Keys lie within about ``spread`` of one another; beta is about sigmoid(write)."""
+    """B=2, H=2. Keys lie within about ``spread`` of one another; beta is about sigmoid(write)."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(2, 2, *shape, generator=g, dtype=dtype)
 
-    k = F.normalize(randn(1, 5) + spread * randn(total, 5), dim=-1)
+    k = F.normalize(randn(1, d) + spread * randn(total, d), dim=-1)
     beta = torch.sigmoid(write + randn(total))
-    q, v, state = F.normalize(randn(reads, 5), dim=-1), randn(total, 3), randn(3, 5)
+    q, v, state = F.normalize(randn(reads, d), dim=-1), randn(total, e), randn(e, d)
     log_alpha = -forget * randn(total).abs()
     for x in (q, k, v, log_alpha, beta, state):
         x.requires_grad_()
@@ -106,3 +112,102 @@ def test_what_no_key_touches_shrinks_by_exactly_that() -> None:
     off[..., 4] = 1
     moved = [delta_chunked(q, k, v, log_alpha, beta, s, [])[1] for s in (state, state + off)]
     torch.testing.assert_close(moved[1] - moved[0], off * log_alpha.sum(-1).exp()[..., None, None])
+
+
+# --- the compiled form
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        native.library("delta")
+    except native.NotHere as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("KAIROS_KERNELS", "native")
+
+
+@pytest.fixture
+def unwritten() -> Iterator[None]:
+    """New memory is full of NaN, so that what is read before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def everything(form: Any, args: Sequence[Tensor], reads: list[int] | None, seed: int) -> list[Tensor]:
+    """Outputs, the final memory and all gradients of a loss that weighs every number differently, in float64."""
+    args = [x.detach().requires_grad_() for x in args]
+    out = form(*args, at=reads)
+    g = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=g).to(x) for x in out]
+    loss = sum((a * b).sum() for a, b in zip(out, weights, strict=True))
+    assert isinstance(loss, Tensor)
+    grads = torch.autograd.grad(loss, args, materialize_grads=True)
+    return [x.detach().double() for x in (*out, *grads)]
+
+
+@pytest.mark.usefixtures("compiled", "unwritten")
+@given(
+    total=st.integers(1, 70),
+    at=st.none() | st.lists(st.floats(0, 1), max_size=40),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([1e-3, 0.1, 3.0]),
+    forget=st.sampled_from([0.0, 0.1, 20.0]),
+    write=st.sampled_from([-3.0, 0.0, 15.0]),
+    d=st.sampled_from([2, 5, 16, 32, 40]),
+    e=st.sampled_from([1, 3, 16, 33]),
+)
+@settings(max_examples=80, deadline=None)
+def test_compiled_is_recurrent(
+    total: int, at: list[float] | None, seed: int, spread: float, forget: float, write: float, d: int, e: int
+) -> None:
+    """About as near to the truth in float64 as the chunked torch form in float32 is."""
+    reads = None if at is None else [round(x * total) for x in at]
+    args = inputs(
+        total, total if reads is None else len(reads), seed=seed, spread=spread, forget=forget, write=write, d=d, e=e
+    )
+    truth = everything(delta_recurrent, args, reads, seed)
+    single = [x.float() for x in args]
+    torch_form, ours = everything(delta_chunked, single, reads, seed), everything(delta, single, reads, seed)
+    for name, a, b, c in zip(("o", "final", *NAMES), truth, torch_form, ours, strict=True):
+        if not a.numel():
+            continue
+        usual = (b - a).abs().max() + 3e-6 * a.abs().max().clamp_min(1.0)
+        wrong = (c - a).abs().max()
+        assert wrong <= 5 * usual, f"{name} is {wrong:.1e} off the truth, torch {usual:.1e}"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_takes_views_and_more_threads() -> None:
+    args = [x.float() for x in inputs(40, 40, d=16, e=16)]
+    want = everything(delta, args, None, 0)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in args[:3]]
+    assert not views[0].is_contiguous()
+    got = everything(delta, [*views, *args[3:]], None, 0)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threaded = everything(delta, args, None, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(want, threaded, strict=True))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_each_output_may_be_the_only_one_that_matters() -> None:
+    forms: Any = (delta_chunked, delta)
+    args = [x.float() for x in inputs(20, 20)]
+    for which in (0, 1):
+        slow, fast = (
+            torch.autograd.grad(form(*xs)[which].sum(), xs, materialize_grads=True)
+            for form, xs in ((f, [x.detach().requires_grad_() for x in args]) for f in forms)
+        )
+        for name, a, b in zip(NAMES, slow, fast, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=f"the gradient of {name} differs")
+
+
+def test_doubles_go_through_torch() -> None:
+    args = inputs(20, 20)
+    for a, b in zip(delta(*args), delta_chunked(*args), strict=True):
+        assert torch.equal(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,20 @@ def test_the_sizes_that_ship(pattern: str) -> None:
     sizes: dict[str, Any] = dict(width=64, action_width=32, head_dim=32, window=8, dilation=4, taps=4)
     sizes |= dict(draft_width=96, draft_blocks=3)
     assert_as(tiny_model(pattern, obs_dim=17, action_dim=6, **sizes), 30, 20, [4, 1, 3])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of other processors")
+@pytest.mark.parametrize("without", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma")])
+def test_other_processors(without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *without))
+    native.library.cache_clear()
+    native._available.cache_clear()
+    try:
+        for pattern, head_dim in (("DD", 2), ("SGDG", 5), ("GS", 32), ("GD", 40)):
+            assert_as(tiny_model(pattern, head_dim=head_dim, tokens=2), 26, 5, [2, 4])
+    finally:
+        native.library.cache_clear()
+        native._available.cache_clear()
 
 
 @pytest.fixture

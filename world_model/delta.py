@@ -1,10 +1,10 @@
-"""The gated delta rule: the slow recurrence, which is the truth, and the chunked form that training uses.
+"""The gated delta rule: the slow recurrence, which is the truth, a chunked form in torch, and the door to the fastest.
 
 Gated DeltaNet (arXiv 2412.06464). Keys have unit length, 0 < beta < 1, alpha = exp(log_alpha) <= 1, and
 
     S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T        o = S q / sqrt(d)
 
-Shapes, in both forms: q [B,H,R,d], k [B,H,T,d], v [B,H,T,e], log_alpha and beta [B,H,T], state S [B,H,e,d].
+Shapes, in all forms: q [B,H,R,d], k [B,H,T,d], v [B,H,T,e], log_alpha and beta [B,H,T], state S [B,H,e,d].
 Queries are apart from keys: query r reads the memory as it stands after the first ``at[r]`` keys were written
 (by default query t reads after key t). So a denoising chunk can read a memory that it never writes.
 """
@@ -15,6 +15,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from world_model.delta_cpu import delta_cpu
+from world_model.native import available
+
+
+def delta(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The fastest form there is for these tensors -> (o [B,H,R,e], final state [B,H,e,d])."""
+    total = k.shape[2]
+    fits = (
+        q.device.type == "cpu"
+        and total > 0
+        and all(t.dtype == torch.float32 for t in (q, k, v, log_alpha, beta, state))
+    )
+    if fits and (library := available("delta")):
+        return delta_cpu(library, q, k, v, log_alpha, beta, state, range(1, total + 1) if at is None else at)
+    return delta_chunked(q, k, v, log_alpha, beta, state, at)
 
 
 def delta_recurrent(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from world_model.config import WorldModelConfig
-from world_model.delta import delta_chunked
+from world_model.delta import delta
 from world_model.window import Layout, attend, visible
 
 Memory = dict[str, Tensor]  # a layer's tensors, each [B, ...]
@@ -137,7 +137,7 @@ class Block(nn.Module):
             *(start * self.group for start in layout.starts for _ in range(layout.chunk * self.group)),
         ]
         keys, values = k[:, :, :cut], v[:, :, :cut]
-        out, state = delta_chunked(q[:, :, skip:], keys, values, log_alpha, beta, state, at)
+        out, state = delta(q[:, :, skip:], keys, values, log_alpha, beta, state, at)
         out = F.layer_norm(out * self.dim**0.5, (self.dim,), eps=1e-2)
         if layout.noisy:
             # The frames of a chunk see each other by plain attention; what lies before them only by the memory.

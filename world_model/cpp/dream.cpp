@@ -91,9 +91,7 @@ void guess(const Model& m, int dreams, int F, const float* start, const float* b
         linear(g.enter, dreams, normed, ldh, wide, ld2);
         for (int b = 0; b < dreams; b++) {
           float* value = wide + size_t(b) * ld2;
-          int j = 0;
-          if (m.W % V == 0) times_silu(value + m.W, value, m.W), j = m.W;
-          for (; j < m.W; j++) value[j] *= value[m.W + j] / (1.0f + std::exp(-value[m.W + j]));
+          silu<true>(value + m.W, value, m.W);
         }
         linear<true>(g.leave, dreams, wide, ld2, hidden, ldh);
       }
@@ -198,9 +196,9 @@ void imagine_tile(const Model& m, const Call& c, int64_t first, int dreams) {
       std::memcpy(to + O, act + size_t(r) * ldx, m.A * sizeof(float));
     }
     linear(m.judge[0], rows, x, ldi, one, ldh);
-    for (int r = 0; r < rows; r++) silu(one + size_t(r) * ldh, pad(m.W));
+    for (int r = 0; r < rows; r++) silu(one + size_t(r) * ldh, one + size_t(r) * ldh, m.W);
     linear(m.judge[1], rows, one, ldh, two, ldh);
-    for (int r = 0; r < rows; r++) silu(two + size_t(r) * ldh, pad(m.W));
+    for (int r = 0; r < rows; r++) silu(two + size_t(r) * ldh, two + size_t(r) * ldh, m.W);
     linear(m.judge[2], rows, two, ldh, told, PANEL);
     linear<true>(m.memory, rows, features, s.ldf, told, PANEL);
     for (int r = 0; r < rows; r++) {

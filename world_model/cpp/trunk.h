@@ -38,7 +38,10 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
   if (queries) {
     linear(s.queries, rows, normed, ldx, t.queries, t.ld_queries);
     if (s.hidden)
-      for (int r = 0; r < rows; r++) silu(t.queries + size_t(r) * t.ld_queries + inner, pad(s.hidden));
+      for (int r = 0; r < rows; r++) {
+        float* hidden = t.queries + size_t(r) * t.ld_queries + inner;
+        silu(hidden, hidden, s.hidden);
+      }
   }
   if (gates) {  // in place: alpha of each head, then beta
     linear(s.gates, rows, normed, ldx, t.gates, t.ld_gates);
@@ -50,15 +53,6 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
         store(g, rate > 0.0f ? alpha : x > 15.0f ? all(1.0f) : e / (1.0f + e));
       }
   }
-}
-
-float dot(const float* x, const float* y, int n) {
-  vec total = {};
-  int i = 0;
-  for (; i + V <= n; i += V) total += load(x + i) * load(y + i);
-  float s = sum(total);
-  for (; i < n; i++) s += x[i] * y[i];
-  return s;
 }
 
 void to_unit(float* x, int n) {

@@ -114,19 +114,32 @@ inline void copy(float* to, const float* from, int n) {
   for (; i < n; i++) to[i] = from[i];
 }
 
-// y *= sigmoid(x), over n floats that are padded to whole vectors
-inline void times_silu(const float* x, float* y, int n) {
+inline vec load(const float* p, int n) {  // the first n numbers, then zeros
+  vec x = {};
+  std::memcpy(&x, p, n * sizeof(float));
+  return x;
+}
+inline void store(float* p, vec x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
+
+// y [n] = x sigmoid(x), times y where TIMES
+template <bool TIMES = false>
+inline void silu(const float* x, float* y, int n) {
   for (int i = 0; i < n; i += V) {
-    vec a = load(x + i);
-    store(y + i, load(y + i) * (a / (1.0f + exponential(-a))));
+    const bool whole = i + V <= n;
+    const vec a = whole ? load(x + i) : load(x + i, n - i), to = a / (1.0f + exponential(-a));
+    const vec now = !TIMES ? to : (whole ? load(y + i) : load(y + i, n - i)) * to;
+    if (whole) store(y + i, now);
+    else store(y + i, now, n - i);
   }
 }
 
-inline void silu(float* x, int n) {
-  for (int i = 0; i < n; i += V) {
-    vec a = load(x + i);
-    store(x + i, a / (1.0f + exponential(-a)));
-  }
+inline float dot(const float* x, const float* y, int n) {
+  vec total = {};
+  int i = 0;
+  for (; i + V <= n; i += V) total += load(x + i) * load(y + i);
+  float s = sum(total);
+  for (; i < n; i++) s += x[i] * y[i];
+  return s;
 }
 
 // --- products
@@ -150,54 +163,70 @@ Matrix packed(const float* weight, const float* bias, int in, int from, int to) 
   return m;
 }
 
-template <int M, bool ADD>
-inline void block(const float* a, int lda, const float* w, int in, const float* bias, float* c, int ldc) {
+// c [M,N*V] = a [M,in] @ w [in,N*V] + bias, or +=; the rows of w are `ldw` apart
+template <int M, int N, bool ADD>
+inline void block(const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c, int ldc) {
   constexpr int U = M == 1 ? 4 : M <= 3 ? 2 : 1;  // few rows: several sums each, so that none waits for another
-  vec low[U][M] = {}, high[U][M] = {};
-  for (int i = 0; i < M; i++) {
-    if (bias) low[0][i] = load(bias), high[0][i] = load(bias + V);
-    if (ADD) low[0][i] += load(c + size_t(i) * ldc), high[0][i] += load(c + size_t(i) * ldc + V);
-  }
+  vec sums[U][M][N] = {};
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < N; n++) {
+      if (bias) sums[0][i][n] = load(bias + n * V);
+      if (ADD) sums[0][i][n] += load(c + size_t(i) * ldc + n * V);
+    }
   int k = 0;
-  for (; k + U <= in; k += U, w += U * PANEL)
-    for (int u = 0; u < U; u++) {
-      vec w0 = load(w + u * PANEL), w1 = load(w + u * PANEL + V);
-      keep(w0), keep(w1);
+  for (; k + U <= in; k += U)
+    for (int u = 0; u < U; u++, w += ldw) {
+      vec row[N];
+      for (int n = 0; n < N; n++) row[n] = load(w + n * V), keep(row[n]);
       for (int i = 0; i < M; i++) {
         float x = a[size_t(i) * lda + k + u];
-        low[u][i] += x * w0, high[u][i] += x * w1;
+        for (int n = 0; n < N; n++) sums[u][i][n] += x * row[n];
       }
     }
-  for (; k < in; k++, w += PANEL)
+  for (; k < in; k++, w += ldw)
     for (int i = 0; i < M; i++) {
       float x = a[size_t(i) * lda + k];
-      low[0][i] += x * load(w), high[0][i] += x * load(w + V);
+      for (int n = 0; n < N; n++) sums[0][i][n] += x * load(w + n * V);
     }
-  for (int i = 0; i < M; i++) {
-    for (int u = 1; u < U; u++) low[0][i] += low[u][i], high[0][i] += high[u][i];
-    store(c + size_t(i) * ldc, low[0][i]), store(c + size_t(i) * ldc + V, high[0][i]);
-  }
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < N; n++) {
+      for (int u = 1; u < U; u++) sums[0][i][n] += sums[u][i][n];
+      store(c + size_t(i) * ldc + n * V, sums[0][i][n]);
+    }
 }
 
-template <int M, bool ADD>
-void rest(int rows, const float* a, int lda, const float* w, int in, const float* bias, float* c, int ldc) {
+template <int M, int N, bool ADD>
+void rest(int rows, const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c, int ldc) {
   if constexpr (M > 0) {
-    if (rows == M) block<M, ADD>(a, lda, w, in, bias, c, ldc);
-    else rest<M - 1, ADD>(rows, a, lda, w, in, bias, c, ldc);
+    if (rows == M) block<M, N, ADD>(a, lda, w, ldw, in, bias, c, ldc);
+    else rest<M - 1, N, ADD>(rows, a, lda, w, ldw, in, bias, c, ldc);
   }
 }
 
-// c [rows,columns] = a [rows,in] @ w + bias, or += ; w in panels, c with room for whole panels
+template <int N, bool ADD>
+inline void columns_of(int rows, const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c,
+                       int ldc) {
+  constexpr int M = N == 1 && V == 16 ? 16 : ROWS;
+  int r = 0;
+  for (; r + M <= rows; r += M)
+    block<M, N, ADD>(a + size_t(r) * lda, lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
+  rest<M - 1, N, ADD>(rows - r, a + size_t(r) * lda, lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
+}
+
+// c [rows,columns] = a [rows,in] @ w + bias, or +=; w in panels, c with room for whole panels
 template <bool ADD = false>
 void product(int rows, const float* a, int lda, const float* w, int in, int columns, const float* bias, float* c,
              int ldc) {
-  for (int p = 0; p < columns; p += PANEL, w += size_t(in) * PANEL) {
-    const float* b = bias ? bias + p : nullptr;
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-      block<ROWS, ADD>(a + size_t(r) * lda, lda, w, in, b, c + size_t(r) * ldc + p, ldc);
-    rest<ROWS - 1, ADD>(rows - r, a + size_t(r) * lda, lda, w, in, b, c + size_t(r) * ldc + p, ldc);
-  }
+  for (int p = 0; p < columns; p += PANEL, w += size_t(in) * PANEL)
+    columns_of<2, ADD>(rows, a, lda, w, PANEL, in, bias ? bias + p : nullptr, c + p, ldc);
+}
+
+// The same of a plain w [in,columns] with rows `ldw` apart; columns are whole vectors
+template <bool ADD = false>
+void multiply(int rows, const float* a, int lda, const float* w, int ldw, int in, int columns, float* c, int ldc) {
+  int p = 0;
+  for (; p + PANEL <= columns; p += PANEL) columns_of<2, ADD>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
+  if (p < columns) columns_of<1, ADD>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
 }
 
 template <bool ADD = false>
