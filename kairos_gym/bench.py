@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kairos_gym.bench_env import endurance, env
+from kairos_gym.bench_kernels import memory, step
 from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_trust import trust
 from kairos_gym.models import load
@@ -30,7 +31,7 @@ CONTROL = {  # chosen on the true simulator, on starts other than those of ``con
     "pendulum": CEM(horizon=10, chunk=2, candidates=64, elites=8, iterations=3),
     "reacher": CEM(horizon=5, chunk=4, candidates=64, elites=8, iterations=3, std=0.12),
 }
-FRAMES = 32  # of a training window in ``memory``
+FRAMES = 32  # of a training window in ``recall``
 WAIT = 20  # frames between the last sight of the hidden target and the first scored one
 
 
@@ -54,7 +55,7 @@ def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> di
     return row | {"test": errors(model, have, have.test)}
 
 
-def memory(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path = Path("runs")) -> dict[str, Any]:
+def recall(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path = Path("runs")) -> dict[str, Any]:
     """Train on a task that needs memory: "pendulum" without velocity, or "reacher" with a target seen in 5 frames only.
 
     Measures the open-loop error of the first; of the second that of the predicted distance to the target, over the
@@ -97,7 +98,7 @@ def floors(task: str, frame: int) -> tuple[float, float]:
 
 
 def floor(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/window_floor.svg")) -> None:
-    """Draw what ``memory`` measured on "reacher": windows alone, with a gated-delta layer, and the theorem's floor."""
+    """Draw what ``recall`` measured on "reacher": windows alone, with a gated-delta layer, and the theorem's floor."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -220,4 +221,7 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.3g}"
 
 
-COMMANDS = {f.__name__: f for f in (models, memory, floor, control, env, endurance, trust, lift, lift_speed, table)}
+COMMANDS = {
+    f.__name__: f
+    for f in (models, recall, floor, control, env, endurance, trust, lift, lift_speed, memory, step, table)
+}

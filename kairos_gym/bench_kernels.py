@@ -1,0 +1,252 @@
+"""What the compiled kernels are worth, in one run with the torch forms, the machine's limits and the simulator."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kairos_gym.models import load
+from kairos_gym.report import machine
+from world_model.config import WorldModelConfig
+from world_model.delta import delta, delta_chunked
+from world_model.model import WorldModel
+from world_model.native import library
+
+DREAMS = (1, 16, 64, 256, 1024)
+ROUNDS = 7
+
+
+def step(chunk: int = 4) -> dict[str, Any]:
+    """Env steps a CPU-second of a whole imagined step, HalfCheetah's sizes, over the torch form's and the simulator's.
+
+    Two models: the shipped one (layers SG) and one of four layers (SGDG, random weights, which cost the same). Beside
+    them the arithmetic floor, the multiply-adds that the step needs at the rate that this processor has at best, and
+    ``mujoco.rollout`` of the real HalfCheetah. One thread, by turns in one run, medians of 7 rounds.
+    """
+    shipped: Any = load("halfcheetah")
+    four = WorldModel(replace(shipped.config, pattern="SGDG"), shipped.spec).eval().requires_grad_(False)
+    four.scaling.load_state_dict(shipped.scaling.state_dict())
+    jobs: dict[str, Callable[[], float]] = {"arithmetic": _arithmetic(), "mujoco.rollout": _rollout()}
+    for world in (shipped, four):
+        for batch in DREAMS:
+            for kernels in ("native", "torch"):
+                name = f"{world.config.pattern} {batch} {kernels}"
+                jobs[name] = _dreaming(world, batch, chunk, kernels)
+    rates = _by_turns(jobs)
+    peak = rates.pop("arithmetic")
+    rows: list[dict[str, Any]] = []
+    for world in (shipped, four):
+        needed = 2 * multiply_adds(world.config, chunk)
+        for batch in DREAMS:
+            ours, torch_form = (rates[f"{world.config.pattern} {batch} {kernels}"] for kernels in ("native", "torch"))
+            rows.append(
+                {
+                    "layers": world.config.pattern,
+                    "dreams": batch,
+                    "steps_per_cpu_second": statistics.median(ours),
+                    "torch": statistics.median(torch_form),
+                    "over_torch": _ratio(ours, torch_form),
+                    "over_mujoco": _ratio(ours, rates["mujoco.rollout"]),
+                    "floor_over_ours": _ratio(peak, ours) / needed,
+                }
+            )
+    for row in rows:
+        print(
+            "| {layers} | {dreams} | {steps_per_cpu_second:,.0f} | {torch:,.0f} | {over_torch:.1f}x | "
+            "{over_mujoco:.1f}x | {floor_over_ours:.1f}x |".format(**row)
+        )
+    return {
+        "bench": "step",
+        "chunk": chunk,
+        "peak_gflops": statistics.median(peak) / 1e9,
+        "mujoco_rollout": statistics.median(rates["mujoco.rollout"]),
+        "rows": rows,
+        "machine": machine(),
+    }
+
+
+def multiply_adds(config: WorldModelConfig, chunk: int) -> float:
+    """What one env step of the mean dream needs, at the least: products and attention, each element once."""
+    o, a, p, d, da = config.obs_dim, config.action_dim, config.tokens, config.width, config.action_width
+    inner, group = config.heads * config.head_dim, config.tokens + 1
+    total = 0.0
+    for i, letter in enumerate(config.pattern):
+        last = i + 1 == len(config.pattern)
+        gates = 2 * config.heads if letter == "G" else 0
+        read_and_write = p * d * 2 * inner + da * 2 * inner  # keys and values
+        world = p * d * (inner + config.expand * d) + p * (inner + config.expand * d) * d
+        action = 0 if last else da * (inner + config.expand * da) + (inner + config.expand * da) * da
+        asking = p if last else group  # queries of a noisy frame
+        total += read_and_write + world + action  # denoise
+        total += read_and_write + (p * d + da) * gates + (0 if last else world + action)  # write
+        if letter == "G":
+            noisy = config.head_dim + group * chunk * 2  # the memory, then the chunk's own keys and values
+            written = (2 if last else 3) * config.head_dim * group
+            total += inner * (asking * noisy + written)
+        else:
+            stride, reach = (1, config.window) if letter == "S" else (config.dilation, config.dilation * config.taps)
+            seen = (
+                sum(
+                    len(range(stride, reach + 1, stride)) - sum(k % stride == 0 and k > 0 for k in range(f + 1))
+                    for f in range(chunk)
+                )
+                / chunk
+            )  # of the buffer, by the chunk's frames
+            total += 2 * inner * asking * group * (seen + chunk)
+            total += 0 if last else 2 * inner * group * group * (len(range(stride, reach + 1, stride)) + 1)
+    total += 4 * o * p * d + p * d * o + o * p * d + 2 * a * da  # tokens in and out
+    w = config.draft_width
+    if config.draft:
+        total += (config.draft_frames * o + a) * w + config.draft_blocks * 3 * w * w + w * 2 * o
+    return total + (3 * o + a) * w + w * w + 2 * w + 2 * p * d
+
+
+def memory(tokens: int = 256) -> dict[str, Any]:
+    """Nanoseconds a token and head of the delta rule, B=64, H=4, d=32: compiled, chunked in torch, and the floor.
+
+    The floor of a forward pass is its 3 d^2 multiply-adds at the rate that this processor has at best, or the bytes
+    that it must read and write at the rate of a large copy, whichever takes longer. One thread, by turns in one run.
+    """
+    args = _keys(64, 4, tokens, 32)
+    count = 64 * 4 * tokens
+
+    def forward(form: Callable[..., tuple[Tensor, Tensor]], **how: Any) -> Callable[[], float]:
+        def run() -> float:
+            with torch.no_grad():
+                form(*args, **how)
+            return count
+
+        return run
+
+    def both(form: Callable[..., tuple[Tensor, Tensor]], **how: Any) -> Callable[[], float]:
+        def run() -> float:
+            out, final = form(*args, **how)
+            torch.autograd.grad([out, final], args, [torch.ones_like(out), torch.ones_like(final)])
+            return count
+
+        return run
+
+    source = torch.ones(16 << 20)
+    target = torch.empty_like(source)
+
+    def copied() -> float:
+        target.copy_(source)
+        return 8.0 * source.numel()
+
+    jobs: dict[str, Callable[[], float]] = {"arithmetic": _arithmetic(), "copy": copied}
+    forms: dict[str, tuple[Any, dict[str, Any]]] = {"compiled": (delta, {})}
+    forms |= {f"torch, chunk {c}": (delta_chunked, {"chunk": c}) for c in (16, 32, 64)}
+    for name, (form, how) in forms.items():
+        jobs |= {f"{name}: forward": forward(form, **how), f"{name}: both": both(form, **how)}
+    rates = _by_turns(jobs, rounds=5)
+    operations, bytes_moved = 2 * 3 * 32 * 32, 4 * (4 * 32 + 2)
+    floor = max(operations / statistics.median(rates["arithmetic"]), bytes_moved / statistics.median(rates["copy"]))
+    rows = {
+        name: {part: 1e9 / statistics.median(rates[f"{name}: {part}"]) for part in ("forward", "both")}
+        for name in forms
+    }
+    for name, row in rows.items():
+        print(f"| {tokens} | {name} | {row['forward']:.0f} | {row['both']:.0f} | {row['forward'] / floor / 1e9:.1f}x |")
+    best = min(row["both"] for name, row in rows.items() if name != "compiled")
+    return {
+        "bench": "memory",
+        "tokens": tokens,
+        "ns": rows,
+        "floor_ns": floor * 1e9,
+        "over_best_torch": best / rows["compiled"]["both"],
+        "machine": machine(),
+    }
+
+
+def _keys(batch: int, heads: int, tokens: int, d: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    q, k = F.normalize(torch.randn(2, batch, heads, tokens, d, generator=g), dim=-1)
+    v, state = torch.randn(batch, heads, tokens, d, generator=g), torch.randn(batch, heads, d, d, generator=g)
+    log_alpha = -0.1 * torch.rand(batch, heads, tokens, generator=g)
+    beta = torch.rand(batch, heads, tokens, generator=g)
+    return [x.clone().requires_grad_() for x in (q, k, v, log_alpha, beta, state)]
+
+
+def _by_turns(jobs: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Each job's units a CPU-second, all jobs once a round: what else the machine does meets all alike."""
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for lap in range(rounds + 1):
+        for name, job in jobs.items():
+            begun = time.process_time()
+            units = job()
+            took = time.process_time() - begun
+            if lap:  # the first warms up
+                rates[name].append(units / took)
+    return rates
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def _arithmetic() -> Callable[[], float]:
+    lib = library("peak")
+    lib.peak_arithmetic.restype = ctypes.c_double
+    result = ctypes.c_float()
+    return lambda: float(lib.peak_arithmetic(ctypes.c_long(20_000_000), ctypes.byref(result)))
+
+
+@contextmanager
+def _kernels(choice: str) -> Iterator[None]:
+    before = os.environ.get("KAIROS_KERNELS")
+    os.environ["KAIROS_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KAIROS_KERNELS"]
+        else:
+            os.environ["KAIROS_KERNELS"] = before
+
+
+def _dreaming(world: WorldModel, batch: int, chunk: int, kernels: str) -> Callable[[], float]:
+    low, high = world.scaling.action_low, world.scaling.action_high
+    shape = (batch, chunk, world.config.action_dim)
+    actions = low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    state = world.observe(world.initial(batch), torch.zeros(batch, 1, world.config.obs_dim))
+    steps = max(2, (4096 if kernels == "native" else 512) // (batch * chunk))
+
+    def run() -> float:
+        dream = state
+        with _kernels(kernels), torch.inference_mode():
+            for _ in range(steps):
+                dream, _ = world.imagine(dream, actions)
+        return float(steps * batch * chunk)
+
+    return run
+
+
+def _rollout() -> Callable[[], float]:
+    from mujoco import MjData, mj_stateSize, mjtState, rollout
+
+    from envs import make_real
+
+    sim: Any = make_real("HalfCheetah-v5").unwrapped
+    steps, full = 500, mjtState.mjSTATE_FULLPHYSICS
+    rng = np.random.default_rng(0)
+    control = np.repeat(rng.uniform(-1, 1, (1, steps, sim.model.nu)), sim.frame_skip, 1)
+    state = np.zeros((1, mj_stateSize(sim.model, full)))
+    state[0, 1 : 1 + sim.model.nq] = sim.init_qpos
+    data = MjData(sim.model)
+
+    def run() -> float:
+        rollout.rollout(sim.model, data, state, control)
+        return float(steps)
+
+    return run
