@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from world_model.layers import gated_linear, linear, norm_linear, silu_linear
 from world_model.tokens import Scaling
 
 
@@ -17,8 +17,7 @@ class GatedBlock(nn.Module):
         self.leave = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.enter(self.norm(x)).chunk(2, -1)
-        return x + self.leave(value * F.silu(gate))
+        return gated_linear(norm_linear(x, self.norm, self.enter), self.leave, base=x)
 
 
 class Draft(nn.Module):
@@ -43,7 +42,7 @@ class Draft(nn.Module):
         came [...,O]: the change that led to obs, over step_std too; zero where it isn't known.
         """
         seen = [obs, action, came] if self.frames > 1 else [obs, action]
-        mean, log_var = self.leave(self.blocks(self.enter(torch.cat(seen, -1)))).chunk(2, -1)
+        mean, log_var = linear(self.blocks(linear(torch.cat(seen, -1), self.enter)), self.leave).chunk(2, -1)
         return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
 
     def unroll(self, obs: Tensor, actions: Tensor, before: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -82,4 +81,6 @@ class Outcome(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:
         """obs and after [...,O] normalised, change [...,O] scaled, action [...,A] in [-1,1] -> [...,2]."""
-        return self.layers(torch.cat([obs, action, change, after], -1))
+        enter, _, middle, _, leave = self.layers
+        hidden = linear(torch.cat([obs, action, change, after], -1), enter)  # type: ignore[arg-type]
+        return silu_linear(silu_linear(hidden, middle), leave)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from world_model.config import WorldModelConfig
 from world_model.delta import delta
+from world_model.layers import norm_linear, silu_linear
 from world_model.window import Layout, attend, visible
 
 Memory = dict[str, Tensor]  # a layer's tensors, each [B, ...]
@@ -35,10 +36,10 @@ class Stream(nn.Module):
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[...,D] -> queries, keys and values [...,3*inner], gates [...,g], feed-forward [...,expand*D]."""
-        return list(self.enter(self.norm(x)).split(self.sizes, -1))
+        return list(norm_linear(x, self.norm, self.enter).split(self.sizes, -1))
 
     def join(self, x: Tensor, mixed: Tensor, hidden: Tensor) -> Tensor:
-        return x + self.leave(torch.cat([mixed, F.silu(hidden)], -1))
+        return silu_linear(hidden, self.leave, beside=mixed, base=x)
 
 
 class Block(nn.Module):

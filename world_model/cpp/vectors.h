@@ -108,28 +108,36 @@ inline vec root(vec x) {
 #endif
 }
 
-inline void copy(float* to, const float* from, int n) {
-  int i = 0;
-  for (; i + V <= n; i += V) store(to + i, load(from + i));
-  for (; i < n; i++) to[i] = from[i];
-}
 
 inline vec load(const float* p, int n) {  // the first n numbers, then zeros
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_loadu_ps(__mmask16(n >= V ? ~0u : (1u << n) - 1), p);
+#else
+  if (n >= V) return load(p);
   vec x = {};
   std::memcpy(&x, p, n * sizeof(float));
   return x;
+#endif
 }
-inline void store(float* p, vec x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
+inline void store(float* p, vec x, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16(n >= V ? ~0u : (1u << n) - 1), (__m512)x);
+#else
+  if (n >= V) return store(p, x);
+  std::memcpy(p, &x, n * sizeof(float));
+#endif
+}
+
+inline void copy(float* to, const float* from, int n) {
+  for (int i = 0; i < n; i += V) store(to + i, load(from + i, n - i), n - i);
+}
 
 // y [n] = x sigmoid(x), times y where TIMES
 template <bool TIMES = false>
 inline void silu(const float* x, float* y, int n) {
   for (int i = 0; i < n; i += V) {
-    const bool whole = i + V <= n;
-    const vec a = whole ? load(x + i) : load(x + i, n - i), to = a / (1.0f + exponential(-a));
-    const vec now = !TIMES ? to : (whole ? load(y + i) : load(y + i, n - i)) * to;
-    if (whole) store(y + i, now);
-    else store(y + i, now, n - i);
+    const vec a = load(x + i, n - i), to = a / (1.0f + exponential(-a));
+    store(y + i, TIMES ? load(y + i, n - i) * to : to, n - i);
   }
 }
 
@@ -163,8 +171,8 @@ Matrix packed(const float* weight, const float* bias, int in, int from, int to) 
   return m;
 }
 
-// c [M,N*V] = a [M,in] @ w [in,N*V] + bias, or +=; the rows of w are `ldw` apart
-template <int M, int N, bool ADD>
+// c [M,N*V] = a [M,in] @ w [in,N*V] + bias, or +=; the rows of w are `ldw` apart. FLIP: a is given as [in,M].
+template <int M, int N, bool ADD, bool FLIP>
 inline void block(const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c, int ldc) {
   constexpr int U = M == 1 ? 4 : M <= 3 ? 2 : 1;  // few rows: several sums each, so that none waits for another
   vec sums[U][M][N] = {};
@@ -179,13 +187,13 @@ inline void block(const float* a, int lda, const float* w, int ldw, int in, cons
       vec row[N];
       for (int n = 0; n < N; n++) row[n] = load(w + n * V), keep(row[n]);
       for (int i = 0; i < M; i++) {
-        float x = a[size_t(i) * lda + k + u];
+        float x = FLIP ? a[size_t(k + u) * lda + i] : a[size_t(i) * lda + k + u];
         for (int n = 0; n < N; n++) sums[u][i][n] += x * row[n];
       }
     }
   for (; k < in; k++, w += ldw)
     for (int i = 0; i < M; i++) {
-      float x = a[size_t(i) * lda + k];
+      float x = FLIP ? a[size_t(k) * lda + i] : a[size_t(i) * lda + k];
       for (int n = 0; n < N; n++) sums[0][i][n] += x * load(w + n * V);
     }
   for (int i = 0; i < M; i++)
@@ -195,22 +203,22 @@ inline void block(const float* a, int lda, const float* w, int ldw, int in, cons
     }
 }
 
-template <int M, int N, bool ADD>
+template <int M, int N, bool ADD, bool FLIP>
 void rest(int rows, const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c, int ldc) {
   if constexpr (M > 0) {
-    if (rows == M) block<M, N, ADD>(a, lda, w, ldw, in, bias, c, ldc);
-    else rest<M - 1, N, ADD>(rows, a, lda, w, ldw, in, bias, c, ldc);
+    if (rows == M) block<M, N, ADD, FLIP>(a, lda, w, ldw, in, bias, c, ldc);
+    else rest<M - 1, N, ADD, FLIP>(rows, a, lda, w, ldw, in, bias, c, ldc);
   }
 }
 
-template <int N, bool ADD>
+template <int N, bool ADD, bool FLIP = false>
 inline void columns_of(int rows, const float* a, int lda, const float* w, int ldw, int in, const float* bias, float* c,
                        int ldc) {
   constexpr int M = N == 1 && V == 16 ? 16 : ROWS;
   int r = 0;
   for (; r + M <= rows; r += M)
-    block<M, N, ADD>(a + size_t(r) * lda, lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
-  rest<M - 1, N, ADD>(rows - r, a + size_t(r) * lda, lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
+    block<M, N, ADD, FLIP>(a + size_t(r) * (FLIP ? 1 : lda), lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
+  rest<M - 1, N, ADD, FLIP>(rows - r, a + size_t(r) * (FLIP ? 1 : lda), lda, w, ldw, in, bias, c + size_t(r) * ldc, ldc);
 }
 
 // c [rows,columns] = a [rows,in] @ w + bias, or +=; w in panels, c with room for whole panels
@@ -222,11 +230,11 @@ void product(int rows, const float* a, int lda, const float* w, int in, int colu
 }
 
 // The same of a plain w [in,columns] with rows `ldw` apart; columns are whole vectors
-template <bool ADD = false>
+template <bool ADD = false, bool FLIP = false>
 void multiply(int rows, const float* a, int lda, const float* w, int ldw, int in, int columns, float* c, int ldc) {
   int p = 0;
-  for (; p + PANEL <= columns; p += PANEL) columns_of<2, ADD>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
-  if (p < columns) columns_of<1, ADD>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
+  for (; p + PANEL <= columns; p += PANEL) columns_of<2, ADD, FLIP>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
+  if (p < columns) columns_of<1, ADD, FLIP>(rows, a, lda, w + p, ldw, in, nullptr, c + p, ldc);
 }
 
 template <bool ADD = false>
