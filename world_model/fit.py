@@ -25,7 +25,7 @@ from world_model.contract import Spec
 from world_model.draft import beta_nll
 from world_model.episodes import Episodes, Starts
 from world_model.flow import corrupt, shift, shift_factor, velocity_loss
-from world_model.model import WorldModel, save_atomically
+from world_model.model import Guess, WorldModel, save_atomically
 from world_model.window import Layout
 
 
@@ -191,6 +191,7 @@ class Run:
         room = episodes.left >= torch.minimum(torch.tensor(train.frames), episodes.index + episodes.left)
         self.windows = (room & (episodes.left > 0)).nonzero()[:, 0]
         self.generator = torch.Generator()
+        self.foreseen: tuple[Tensor, Tensor] | None = None
 
     def update(self, step: int) -> dict[str, Tensor]:
         """One optimiser step; all it draws is a function of (seed, step)."""
@@ -256,8 +257,7 @@ class Run:
             for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
         )
         with torch.no_grad():
-            earlier = obs[:, [max(start - 1, 0) for start in range(0, frames, chunk)]]
-            guess = model.guess(before[:, :, 0], play, earlier)
+            guess = self._guess(at, before[:, :, 0], play)
             clean = (target - guess.mean) / guess.scale
             # Half of the chunks practise the mean dream: all noise, but from zero, the noise's mean.
             mean = torch.rand(*clean.shape[:2], 1, 1, generator=g) < 0.5
@@ -274,6 +274,37 @@ class Run:
             base = model.judge(before, play, target, None)
         outcome = base + model.outcome_memory(features)
         return {"flow": flow, **self._outcome_losses(outcome, gain, end, weight)}
+
+    def _guess(self, at: Tensor, start: Tensor, play: Tensor) -> Guess:
+        """The draft's of the chunks of the windows at frames ``at`` [B], from ``start`` [B,C,O], playing [B,C,K,A]."""
+        model, chunk = self.model, play.shape[2]
+        if model.draft is None:
+            return model.guess(start, play)
+        if self.foreseen is None:
+            self.foreseen = self._foresee(True)
+            self.unled = self._foresee(False) if model.config.draft_frames > 1 else self.foreseen
+        rows = torch.minimum(at[:, None] + chunk * torch.arange(play.shape[1]), (at + self.episodes.left[at])[:, None])
+        mean, std = (x[rows, :chunk] for x in self.foreseen)
+        if model.config.draft_frames > 1:  # of what came before a window a dream knows nothing
+            mean[:, 0], std[:, 0] = (x[at, :chunk] for x in self.unled)
+        return model.guessed(start, mean, std)
+
+    @torch.no_grad()
+    def _foresee(self, led: bool) -> tuple[Tensor, Tensor]:
+        """What the draft, which is frozen by now, says from every frame on -> mean, std [F,K,O].
+
+        Told once, it need not be asked in every update. led: whether it knows the frame before.
+        """
+        model, data = self.model, self.episodes
+        assert model.draft is not None
+        told = []
+        for at in torch.arange(len(data.obs)).split(4096):
+            rows = torch.minimum(at[:, None] + 1 + torch.arange(model.config.chunk), (at + data.left[at])[:, None])
+            start, play = model.scaling.obs(data.obs[at]), model.scaling.action(data.action[rows])
+            before = model.scaling.obs(data.obs[at - (data.index[at] > 0).long()]) if led else start
+            told.append(model.draft.unroll(start, play, before, model.scaling))
+        means, variances = (torch.cat(x) for x in zip(*told, strict=True))
+        return means, variances.sqrt_()
 
     def _outcome_losses(self, outcome: Tensor, reward: Tensor, ended: Tensor, weight: Tensor) -> dict[str, Tensor]:
         scaling = self.model.scaling

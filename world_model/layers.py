@@ -81,11 +81,11 @@ def _apply(
     gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)
     rows = [None if t is None else _rows(t) for t in (x, beside, base)]
     y = _Dense.apply(*rows, gain, shift, layer.weight, layer.bias, kind, library)
-    return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
 
 
 def _rows(t: Tensor) -> Tensor:
-    t = t.flatten(0, -2) if t.ndim > 2 else t
+    t = t.reshape(-1, t.shape[-1]) if t.ndim != 2 else t
     return t if t.stride(-1) == 1 else t.contiguous()
 
 

@@ -177,17 +177,19 @@ class WorldModel(nn.Module):
 
         before [...,O]: the observations before the start; None where they aren't known.
         """
-        k = actions.shape[-2]
-        error = self.error[:k]
         if self.draft is None:
+            k = actions.shape[-2]
             mean = start[..., None, :].expand(*start.shape[:-1], k, -1)
-            return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), error.expand_as(mean))
+            return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), self.error[:k].expand_as(mean))
         before = start if before is None else before
         mean, variance = self.draft.unroll(
             start.flatten(0, -2), actions.flatten(0, -3), before.flatten(0, -2), self.scaling
         )
-        mean = mean.unflatten(0, start.shape[:-1])
-        std = variance.sqrt().unflatten(0, start.shape[:-1])
+        return self.guessed(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
+
+    def guessed(self, start: Tensor, mean: Tensor, std: Tensor) -> Guess:
+        """The guess of chunks from [...,O] whose draft is known, mean and std [...,K,O]."""
+        error = self.error[: mean.shape[-2]]
         # The geometric middle between what the draft expects here and what it gets wrong on the whole.
         return Guess(
             mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()

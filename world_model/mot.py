@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from world_model.attention_cpu import attend_streams, compiled
 from world_model.config import WorldModelConfig
 from world_model.delta import delta
 from world_model.layers import norm_linear, silu_linear
@@ -88,37 +89,41 @@ class Block(nn.Module):
         The last layer gives the world tokens of the noisy frames alone.
         memory: None stands for an empty one. age: int64 [B], frames that each row's memory has seen (None: 0).
         """
-        q, k, v, gates, hidden_w, hidden_a = self._project(world, action)
-        if self.letter == "G":
-            mixed, new = self._delta(q, k, v, gates, layout, memory)
+        qkv_w, gate_w, hidden_w = self.world.split(world)
+        qkv_a, gate_a, hidden_a = self.action.split(action)
+        if self.letter != "G" and memory is None and (library := compiled(world)):
+            mixed_w, mixed_a = attend_streams(library, qkv_w, qkv_a, *self._bias(layout, 0, world))
+            new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
         else:
-            mixed, new = self._window(q, k, v, layout, memory, age)
-        mixed = mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group))
-        split = self.group - 1
+            q, k, v = self._tokens(qkv_w, qkv_a)
+            if self.letter == "G":
+                mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, memory)
+            else:
+                mixed, new = self._window(q, k, v, layout, memory, age)
+            mixed_w, mixed_a = (
+                mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
+            )
         if self.last:
+            mixed_w = mixed_w[:, mixed_w.shape[1] - layout.noisy :]
             return (
-                self.world.join(world[:, layout.clean :], mixed[:, :, :split], hidden_w[:, layout.clean :]),
+                self.world.join(world[:, layout.clean :], mixed_w, hidden_w[:, layout.clean :]),
                 action,
                 new,
             )
-        return (
-            self.world.join(world, mixed[:, :, :split], hidden_w),
-            self.action.join(action, mixed[:, :, split:], hidden_a),
-            new,
-        )
+        return self.world.join(world, mixed_w, hidden_w), self.action.join(action, mixed_a, hidden_a), new
 
     def written(self, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a G layer writes for clean frames -> unit keys, values [B,H,N,d], log alpha, beta [B,H,N]."""
-        _, k, v, gates, _, _ = self._project(world, action)
-        return F.normalize(k, dim=-1), v, *self._gates(gates)
+        qkv_w, gate_w, _ = self.world.split(world)
+        qkv_a, gate_a, _ = self.action.split(action)
+        _, k, v = self._tokens(qkv_w, qkv_a)
+        return F.normalize(k, dim=-1), v, *self._gates(torch.cat([gate_w, gate_a], 2).flatten(1, 2))
 
-    def _project(self, world: Tensor, action: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys, values [B,H,N,d] and gates [B,N,g] of all tokens, and both streams' feed-forward."""
-        qkv_w, gate_w, hidden_w = self.world.split(world)
-        qkv_a, gate_a, hidden_a = self.action.split(action)
+    def _tokens(self, qkv_w: Tensor, qkv_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of both streams' tokens in the order of time, each [B,H,N,d]."""
         tokens = torch.cat([qkv_w, qkv_a], 2).flatten(1, 2)  # [B,F*(P+1),3*inner]
         q, k, v = tokens.unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
-        return q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), hidden_w, hidden_a
+        return q, k, v
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Log alpha and beta, each [B,H,N]."""
@@ -155,24 +160,39 @@ class Block(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None
     ) -> tuple[Tensor, Memory]:
         past = 0 if memory is None else self.past
-        select, mask = (x.to(q) for x in visible(layout, past, self.stride, self.past, self.group, self.ahead))
-        cut, size = layout.clean * self.group, self.past * self.group
-        skip = cut if self.last else 0  # queries nobody asks for
-        bias = ((self.offsets @ select).unflatten(-1, mask.shape) + mask)[:, skip:]
+        cut = layout.clean * self.group
+        bias, skip = self._bias(layout, past, q)
         if memory is not None:
             assert age is not None
             alive = torch.arange(past, 0, -1, device=q.device) <= age[:, None]  # [B,past]: slots already written
             alive = F.pad(alive.repeat_interleave(self.group, -1), (0, layout.frames * self.group), value=True)
             bias = bias + torch.where(alive, 0.0, -torch.inf).to(q)[:, None, None]
         out = attend(q[:, :, skip:], k, v, bias, None if memory is None else (memory["k"], memory["v"]))
-        if memory is None:  # a first pass may hold fewer frames than the buffer: its empty slots come first
-            new = {name: F.pad(x[:, :, :cut], (0, 0, size, 0))[:, :, -size:] for name, x in (("k", k), ("v", v))}
-        else:
-            new = {
-                name: torch.cat([memory[name][:, :, cut:], x[:, :, :cut][:, :, -size:]], 2) if cut else memory[name]
-                for name, x in (("k", k), ("v", v))
-            }
-        return out, new
+        if memory is None:
+            return out, self._filled(k[:, :, :cut], v[:, :, :cut])
+        if not cut:
+            return out, memory
+        size = self.past * self.group
+        return out, {
+            name: torch.cat([memory[name][:, :, cut:], x[:, :, :cut][:, :, -size:]], 2)
+            for name, x in (("k", k), ("v", v))
+        }
+
+    def _bias(self, layout: Layout, past: int, like: Tensor) -> tuple[Tensor, int]:
+        """What is added to the scores of all queries that are asked [H,R,N], and how many before them are not."""
+        select, mask = (x.to(like) for x in visible(layout, past, self.stride, self.past, self.group, self.ahead))
+        skip = layout.clean * self.group if self.last else 0
+        return ((self.offsets @ select).unflatten(-1, mask.shape) + mask)[:, skip:], skip
+
+    def _last_frames(self, qkv_w: Tensor, qkv_a: Tensor) -> Memory:
+        """The buffers after clean frames before which there was nothing."""
+        _, k, v = self._tokens(qkv_w[:, -self.past :], qkv_a[:, -self.past :])
+        return self._filled(k, v)
+
+    def _filled(self, k: Tensor, v: Tensor) -> Memory:
+        """Keys and values of clean frames before which there was nothing: the empty slots come first."""
+        size = self.past * self.group
+        return {name: F.pad(x, (0, 0, size, 0))[:, :, -size:] for name, x in (("k", k), ("v", v))}
 
 
 class Trunk(nn.Module):

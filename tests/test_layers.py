@@ -1,0 +1,134 @@
+"""Compiled layers and attention are the torch ones: outputs and gradients, of any size, from views too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from world_model import native
+from world_model.attention_cpu import attend_streams
+from world_model.layers import gated_linear, linear, norm_linear, silu_linear
+from world_model.window import attend
+
+try:
+    native.library("dense")
+except native.NotHere as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+SIZES = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 64, 100])
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_nan_where_nothing_was_written() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+def everything(form: Callable[..., Tensor], inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of all inputs and weights, in float64."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = form(*inputs)
+    gain = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [x.detach().double() for x in (out, *torch.autograd.grad((out * gain).sum(), [*inputs, *weights]))]
+
+
+def assert_near(ours: list[Tensor], torch_form: list[Tensor], truth: list[Tensor]) -> None:
+    for i, (a, b, c) in enumerate(zip(ours, torch_form, truth, strict=True)):
+        assert a.shape == c.shape
+        usual = (b - c).abs().max() + 3e-6 * c.abs().max().clamp_min(1.0)
+        wrong = (a - c).abs().max()
+        assert wrong <= 5 * usual, f"number {i} is {wrong:.1e} off the truth, torch {usual:.1e}"
+
+
+def assert_as(form: Callable[..., Tensor], module: nn.Module, inputs: list[Tensor]) -> None:
+    """The compiled form is about as near to the truth in float64 as the torch form is."""
+    ours = everything(form, inputs, list(module.parameters()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAIROS_KERNELS", "torch")
+        torch_form = everything(form, inputs, list(module.parameters()))
+        module.double()
+        truth = everything(form, [x.double() for x in inputs], list(module.parameters()))
+    assert_near(ours, torch_form, truth)
+
+
+def made(size: int, out: int) -> tuple[Any, Any]:
+    norm, layer = nn.LayerNorm(size), nn.Linear(size, out)
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    return norm, layer
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.sampled_from([1, 5, 48, 96, 97, 200]), size=SIZES, out=SIZES, beside=st.integers(0, 1))
+def test_layers(rows: int, size: int, out: int, beside: int) -> None:
+    torch.manual_seed(0)
+    norm, layer = made(size, out)
+    x, base = torch.randn(rows, size), torch.randn(rows, out)
+    assert_as(lambda x: linear(x, layer), layer, [x])
+    norm, layer = made(size, out)
+    if size > 1:  # of one number a norm leaves nothing
+        assert_as(lambda x: norm_linear(x, norm, layer), nn.ModuleList([norm, layer]), [x])
+    _, layer = made(size, out)
+    assert_as(lambda x, base: gated_linear(x, layer, base=base), layer, [torch.randn(rows, 2 * size), base])
+    _, layer = made(size, out)
+    assert_as(lambda x: silu_linear(x, layer), layer, [x])
+    if beside < size:
+        _, layer = made(size, out)
+        parts = [x[:, beside:], x[:, :beside], base] if beside else [x, base]
+        assert_as(
+            lambda x, *rest: silu_linear(x, layer, beside=rest[0] if beside else None, base=rest[-1]), layer, parts
+        )
+
+
+def test_layers_take_any_leading_shape_and_slices() -> None:
+    torch.manual_seed(0)
+    norm, layer = made(6, 4)
+    wide = torch.randn(2, 3, 5, 20)
+    for x in (wide[..., 3:9], wide.transpose(1, 2)[..., 3:9], wide[0, 0, 0, :6]):
+        assert_as(lambda x: norm_linear(x, norm, layer), nn.ModuleList([norm, layer]), [x])
+        norm.float(), layer.float()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    frames=st.integers(1, 9),
+    tokens=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 5, 16, 32]),
+    asked=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_attention(batch: int, frames: int, tokens: int, heads: int, dim: int, asked: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    inner, total = heads * dim, frames * (tokens + 1)
+    skip = max(0, frames - asked) * (tokens + 1)
+    # What Linear gives is wider than queries, keys and values: rows lie apart.
+    world = torch.randn(batch, frames, tokens, 3 * inner + 7, generator=g)[..., : 3 * inner]
+    action = torch.randn(batch, frames, 1, 3 * inner + 2, generator=g)[..., : 3 * inner]
+    bias = torch.randn(heads, total, total, generator=g)
+    unseen = torch.rand(total, total, generator=g) < 0.5
+    bias = bias.masked_fill(unseen & ~torch.eye(total, dtype=torch.bool), -torch.inf)[:, skip:]
+
+    def plainly(world: Tensor, action: Tensor, bias: Tensor) -> Tensor:
+        both = torch.cat([world, action], 2).flatten(1, 2)
+        q, k, v = both.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        out = attend(q[:, :, skip:], k, v, bias).transpose(1, 2).flatten(2)
+        return torch.cat([out.new_zeros(batch, skip, inner), out], 1).unflatten(1, (frames, tokens + 1))
+
+    def ours(world: Tensor, action: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat(attend_streams(native.library("attention"), world, action, bias, skip), 2)
+
+    compiled = everything(ours, [world, action, bias], [])
+    truth = everything(plainly, [x.double() for x in (world, action, bias)], [])
+    assert_near(compiled, everything(plainly, [world, action, bias], []), truth)
