@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from world_model import native
 from world_model.attention_cpu import attend_streams
-from world_model.layers import gated_linear, linear, norm_linear, silu_linear
+from world_model.layers import Layer, chain, norm_linear, silu_linear
 from world_model.window import attend
 
 try:
@@ -69,25 +69,38 @@ def made(size: int, out: int) -> tuple[Any, Any]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.sampled_from([1, 5, 48, 96, 97, 200]), size=SIZES, out=SIZES, beside=st.integers(0, 1))
+@given(rows=st.sampled_from([1, 5, 48, 96, 97, 200]), size=SIZES, out=SIZES, beside=st.integers(1, 3))
 def test_layers(rows: int, size: int, out: int, beside: int) -> None:
     torch.manual_seed(0)
-    norm, layer = made(size, out)
     x, base = torch.randn(rows, size), torch.randn(rows, out)
-    assert_as(lambda x: linear(x, layer), layer, [x])
+    for kind, wide in (("plain", 1), ("silu", 1), ("gated", 2)):
+        _, layer = made(size, out)
+        assert_as(lambda x: chain(x, [Layer(kind, layer)]), layer, [torch.randn(rows, wide * size)])  # noqa: B023
     norm, layer = made(size, out)
     if size > 1:  # of one number a norm leaves nothing
         assert_as(lambda x: norm_linear(x, norm, layer), nn.ModuleList([norm, layer]), [x])
-    _, layer = made(size, out)
-    assert_as(lambda x, base: gated_linear(x, layer, base=base), layer, [torch.randn(rows, 2 * size), base])
-    _, layer = made(size, out)
-    assert_as(lambda x: silu_linear(x, layer), layer, [x])
     if beside < size:
         _, layer = made(size, out)
-        parts = [x[:, beside:], x[:, :beside], base] if beside else [x, base]
         assert_as(
-            lambda x, *rest: silu_linear(x, layer, beside=rest[0] if beside else None, base=rest[-1]), layer, parts
+            lambda x, beside, base: silu_linear(x, layer, beside=beside, base=base),
+            layer,
+            [x[:, beside:], x[:, :beside], base],
         )
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.sampled_from([1, 48, 97]), sizes=st.tuples(SIZES, SIZES.filter(lambda n: n > 1), SIZES))
+def test_a_chain_with_residuals(rows: int, sizes: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    size, width, out = sizes
+    enter, leave, norms = nn.Linear(size, width), nn.Linear(width, out), [nn.LayerNorm(width) for _ in range(2)]
+    wide, narrow = ([nn.Linear(a * width, b * width) for _ in range(2)] for a, b in ((1, 2), (1, 1)))
+    layers = [Layer("plain", enter)]
+    for i in range(2):
+        layers += [Layer("norm", wide[i], norms[i]), Layer("gated", narrow[i], residual=True)]
+    layers += [Layer("silu", leave)]
+    modules = nn.ModuleList([enter, leave, *norms, *wide, *narrow])
+    assert_as(lambda x: chain(x, layers), modules, [torch.randn(rows, size)])
 
 
 def test_layers_take_any_leading_shape_and_slices() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from world_model.layers import gated_linear, linear, norm_linear, silu_linear
+from world_model.layers import Layer, chain
 from world_model.tokens import Scaling
 
 
@@ -16,8 +16,8 @@ class GatedBlock(nn.Module):
         self.enter = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return gated_linear(norm_linear(x, self.norm, self.enter), self.leave, base=x)
+    def layers(self) -> list[Layer]:
+        return [Layer("norm", self.enter, self.norm), Layer("gated", self.leave, residual=True)]
 
 
 class Draft(nn.Module):
@@ -31,7 +31,7 @@ class Draft(nn.Module):
         super().__init__()
         self.frames = frames
         self.enter = nn.Linear(frames * obs_dim + action_dim, width)
-        self.blocks = nn.Sequential(*(GatedBlock(width) for _ in range(blocks)))
+        self.blocks = nn.ModuleList(GatedBlock(width) for _ in range(blocks))
         self.leave = nn.Linear(width, 2 * obs_dim)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
@@ -42,7 +42,9 @@ class Draft(nn.Module):
         came [...,O]: the change that led to obs, over step_std too; zero where it isn't known.
         """
         seen = [obs, action, came] if self.frames > 1 else [obs, action]
-        mean, log_var = linear(self.blocks(linear(torch.cat(seen, -1), self.enter)), self.leave).chunk(2, -1)
+        between = [layer for block in self.blocks for layer in block.layers()]  # type: ignore[operator, union-attr]
+        layers = [Layer("plain", self.enter), *between, Layer("plain", self.leave)]
+        mean, log_var = chain(torch.cat(seen, -1), layers).chunk(2, -1)
         return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
 
     def unroll(self, obs: Tensor, actions: Tensor, before: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -82,5 +84,5 @@ class Outcome(nn.Module):
     def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:
         """obs and after [...,O] normalised, change [...,O] scaled, action [...,A] in [-1,1] -> [...,2]."""
         enter, _, middle, _, leave = self.layers
-        hidden = linear(torch.cat([obs, action, change, after], -1), enter)  # type: ignore[arg-type]
-        return silu_linear(silu_linear(hidden, middle), leave)  # type: ignore[arg-type]
+        layers = [Layer("plain", enter), Layer("silu", middle), Layer("silu", leave)]  # type: ignore[arg-type]
+        return chain(torch.cat([obs, action, change, after], -1), layers)

@@ -171,6 +171,16 @@ def _check(config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitC
         )
 
 
+def _side_by_side(parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """Moves parameters, and their gradients, into one long tensor [N] each: what is done to all is done at once."""
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in parameters]
+    for p, own, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        p.data, p.grad = own.view_as(p), grad.view_as(p)
+    return flat
+
+
 class Run:
     """A model in training: its optimisers, its averaged weights, and where it stands."""
 
@@ -182,9 +192,10 @@ class Run:
             {name: p for name, p in model.named_parameters() if (name.split(".")[0] in first) == early}
             for early in (True, False)
         ]
-        self.averages = [{name: p.detach().clone() for name, p in group.items()} for group in self.groups]
+        self.flat = [_side_by_side(list(group.values())) for group in self.groups]
+        self.averages = [flat.detach().clone() for flat in self.flat]
         self.optimisers = [
-            torch.optim.AdamW(group.values(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True) for group in self.groups
+            torch.optim.AdamW([flat], betas=(0.9, 0.99), weight_decay=1e-4, fused=True) for flat in self.flat
         ]
         self.transitions = (episodes.index > 0).nonzero()[:, 0]
         # A window needs at least one step; one that would outlast its episode starts earlier where it can.
@@ -202,20 +213,19 @@ class Run:
             self._freeze_draft()
         phase = 0 if early else 1
         done, length = (step, train.draft_steps) if early else (step - train.draft_steps, train.steps)
-        optimiser, group = self.optimisers[phase], self.groups[phase]
+        optimiser, flat = self.optimisers[phase], self.flat[phase]
         losses = self._draft_losses() if early else self._memory_losses(self._chunk_length(step))
-        optimiser.zero_grad()
+        optimiser.zero_grad(set_to_none=False)
         total: Tensor = sum(losses.values())  # type: ignore[assignment]
         total.backward()
-        torch.nn.utils.clip_grad_norm_(group.values(), 1.0, foreach=True)
+        torch.nn.utils.clip_grad_norm_([flat], 1.0)
         warm = min(1.0, (done + 1) / min(100, length))
         optimiser.param_groups[0]["lr"] = (
             (train.draft_lr if early else train.lr) * warm * (0.5 + 0.5 * math.cos(math.pi * done / length))
         )
         optimiser.step()
         decay = min(train.draft_ema if early else train.ema, (done + 1) / (done + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.averages[phase].values()), list(group.values()), 1 - decay)
+        self.averages[phase].lerp_(flat.detach(), 1 - decay)
         return losses
 
     def _chunk_length(self, step: int) -> int:
@@ -331,23 +341,24 @@ class Run:
 
     @torch.no_grad()
     def _settle(self, phase: int) -> None:
-        for name, p in self.groups[phase].items():
-            p.copy_(self.averages[phase][name])
+        self.flat[phase].copy_(self.averages[phase])
 
     def finish(self) -> None:
         """Put the averaged weights in the place of the last ones."""
         if self.train.steps == 0:
             self._freeze_draft()
         self._settle(1)
+        for group in self.groups:
+            for p in group.values():  # each its own memory again, or whoever copies one copies all
+                p.data, p.grad = p.data.clone(), None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, step: int, cpu_seconds: float) -> None:
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
-            for name, p in group.items():
-                tensors[f"average/{name}"] = average[name]
-                tensors |= {f"optimiser/{key}/{name}": t for key, t in optimiser.state.get(p, {}).items()}
+        for phase, (flat, optimiser) in enumerate(zip(self.flat, self.optimisers, strict=True)):
+            tensors[f"average/{phase}"] = self.averages[phase]
+            tensors |= {f"optimiser/{key}/{phase}": t for key, t in optimiser.state.get(flat, {}).items()}
         tensors["recipe"] = torch.frombuffer(bytearray(self.recipe.encode()), dtype=torch.uint8)
         tensors["step"], tensors["cpu"] = torch.tensor(step), torch.tensor(self.cpu_seconds + cpu_seconds)
         save_atomically(self.out / "training.safetensors", tensors)
@@ -365,11 +376,10 @@ class Run:
         if was != self.recipe:
             raise ValueError(f"{path} belongs to another run: choose another folder, or delete it to start afresh")
         self.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model/")})
-        for group, average, optimiser in zip(self.groups, self.averages, self.optimisers, strict=True):
-            for name, p in group.items():
-                average[name] = tensors[f"average/{name}"]
-                state = {key: tensors.get(f"optimiser/{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                if state["step"] is not None:
-                    optimiser.state[p] = state
+        for phase, (flat, optimiser) in enumerate(zip(self.flat, self.optimisers, strict=True)):
+            self.averages[phase] = tensors[f"average/{phase}"]
+            state = {key: tensors.get(f"optimiser/{key}/{phase}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["step"] is not None:
+                optimiser.state[flat] = state
         self.cpu_seconds = float(tensors["cpu"])
         return int(tensors["step"])

@@ -1,9 +1,10 @@
-"""Linear layers with what goes before and after them; on a CPU each is one pass of compiled code, gradients too."""
+"""Linear layers with what goes before and after them; on a CPU they are one pass of compiled code, gradients too."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,43 +13,60 @@ from torch.nn import functional as F
 
 from world_model.native import available
 
-_PLAIN, _NORM, _SILU, _GATED = range(4)
+KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """x [...,I] -> [...,O]."""
-    if library := _compiled(x, layer):
-        return _apply(library, _PLAIN, x, layer)
-    return F.linear(x, layer.weight, layer.bias)
+class Layer(NamedTuple):
+    """One linear layer, and what x goes through before it.
+
+    "plain": nothing; "norm": the layer norm; "silu": silu(x); "gated": value * silu(gate), for x = [value, gate].
+    """
+
+    kind: str
+    linear: nn.Linear
+    norm: nn.LayerNorm | None = None
+    residual: bool = False  # whether the x of the layer before, which has a norm, is added to y
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor:
+def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """One after another: x [...,I] -> [...,O]."""
+    if library := _compiled(x, layers[0].linear):
+        return _apply(library, x, layers)
+    before = x
+    for layer in layers:
+        y = F.linear(_entered(x, layer), layer.linear.weight, layer.linear.bias)
+        before, x = x, before + y if layer.residual else y
+    return x
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     """The layer of the norm of x [...,I] -> [...,O]."""
-    if library := _compiled(x, layer):
-        return _apply(library, _NORM, x, layer, norm=norm)
-    return F.linear(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps), layer.weight, layer.bias)
+    return chain(x, [Layer("norm", linear, norm)])
 
 
-def silu_linear(x: Tensor, layer: nn.Linear, *, beside: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
     """base + the layer of [beside, silu(x)]: x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
-    if library := _compiled(x, layer):
-        return _apply(library, _SILU, x, layer, beside=beside, base=base)
-    x = F.silu(x) if beside is None else torch.cat([beside, F.silu(x)], -1)
-    y = F.linear(x, layer.weight, layer.bias)
-    return y if base is None else base + y
+    if library := _compiled(x, linear):
+        return _apply(library, x, [Layer("silu", linear)], beside, base)
+    return base + linear(torch.cat([beside, F.silu(x)], -1))
 
 
-def gated_linear(x: Tensor, layer: nn.Linear, *, base: Tensor) -> Tensor:
-    """base + the layer of value * silu(gate), for x = [value, gate]: x [...,2I], base [...,O] -> [...,O]."""
-    if library := _compiled(x, layer):
-        return _apply(library, _GATED, x, layer, base=base)
-    value, gate = x.chunk(2, -1)
-    return base + F.linear(value * F.silu(gate), layer.weight, layer.bias)
+def _entered(x: Tensor, layer: Layer) -> Tensor:
+    match layer.kind:
+        case "norm":
+            assert layer.norm is not None
+            return F.layer_norm(x, layer.norm.normalized_shape, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        case "silu":
+            return F.silu(x)
+        case "gated":
+            value, gate = x.chunk(2, -1)
+            return value * F.silu(gate)
+    return x
 
 
-def _compiled(x: Tensor, layer: nn.Linear) -> ctypes.CDLL | None:
+def _compiled(x: Tensor, linear: nn.Linear) -> ctypes.CDLL | None:
     """One thread only: with more, torch shares a product out, and this doesn't."""
-    fits = x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32 and torch.get_num_threads() == 1
+    fits = x.device.type == "cpu" and x.dtype == linear.weight.dtype == torch.float32 and torch.get_num_threads() == 1
     return available("dense") if fits else None
 
 
@@ -62,7 +80,7 @@ class _Call(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("x", "beside", "base", "gain", "shift", "weight", "bias", "y", "dy"),
-                *("dx", "dbeside", "dgain", "dshift", "dweight", "dbias"),
+                *("dx", "dbeside", "dgain", "dshift", "dweight", "dbias", "also"),
             )
         ),
     ]
@@ -70,17 +88,18 @@ class _Call(ctypes.Structure):
 
 def _apply(
     library: ctypes.CDLL,
-    kind: int,
     x: Tensor,
-    layer: nn.Linear,
-    *,
+    layers: Sequence[Layer],
     beside: Tensor | None = None,
     base: Tensor | None = None,
-    norm: nn.LayerNorm | None = None,
 ) -> Tensor:
-    gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+    weights: list[Tensor | None] = []
+    for layer in layers:
+        weights += [None, None] if layer.norm is None else [layer.norm.weight, layer.norm.bias]
+        weights += [layer.linear.weight, layer.linear.bias]
     rows = [None if t is None else _rows(t) for t in (x, beside, base)]
-    y = _Dense.apply(*rows, gain, shift, layer.weight, layer.bias, kind, library)
+    plan = tuple((KINDS.index(layer.kind), layer.residual) for layer in layers)
+    y = _Dense.apply(*rows, plan, library, *weights)
     return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
 
 
@@ -96,61 +115,66 @@ class _Dense(torch.autograd.Function):
         x: Tensor,
         beside: Tensor | None,
         base: Tensor | None,
-        gain: Tensor | None,
-        shift: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        kind: int,
+        plan: tuple[tuple[int, bool], ...],
         library: ctypes.CDLL,
+        *weights: Tensor | None,
     ) -> Tensor:
         base = None if base is None else base.contiguous()
-        y = x.new_empty(len(x), len(weight))
-        call = _call(kind, x=x, beside=beside, gain=gain, shift=shift, weight=weight, bias=bias, base=base, y=y)
-        library.dense_forward(ctypes.byref(call))
-        ctx.save_for_backward(x, beside, gain, shift, weight, bias)
-        ctx.kind, ctx.library, ctx.based = kind, library, base is not None
-        return y
+        xs = [x]
+        for out in weights[2::4]:
+            assert out is not None
+            xs.append(x.new_empty(len(x), len(out)))
+        calls = _calls(plan, xs, beside, weights)
+        for i, call in enumerate(calls):
+            call.y = xs[i + 1].data_ptr()
+            if plan[i][1]:
+                call.base = xs[i - 1].data_ptr()
+            elif i == 0 and base is not None:
+                call.base = base.data_ptr()
+        library.dense_forward(calls, len(calls))
+        ctx.save_for_backward(beside, *xs[:-1], *weights)
+        ctx.plan, ctx.library, ctx.based = plan, library, base is not None
+        return xs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, beside, gain, shift, weight, bias = ctx.saved_tensors
-        dy = dy.contiguous()
-        grads = [
-            None if t is None or not (need or i) else torch.empty(t.shape)
-            for i, (t, need) in enumerate(
-                zip(
-                    (x, beside, gain, shift, weight, bias),
-                    (any(ctx.needs_input_grad[:4]), *[True] * 5),
-                    strict=True,
-                )
-            )
-        ]
-        names = ("dx", "dbeside", "dgain", "dshift", "dweight", "dbias")
-        call = _call(
-            ctx.kind,
-            x=x,
-            beside=beside,
-            gain=gain,
-            shift=shift,
-            weight=weight,
-            bias=bias,
-            dy=dy,
-            **dict(zip(names, grads, strict=True)),
-        )
-        ctx.library.dense_backward(ctypes.byref(call))
-        dx, dbeside, *weights = grads
-        return dx, dbeside, dy if ctx.based else None, *weights, None, None
+        plan = ctx.plan
+        beside, *tensors = ctx.saved_tensors
+        xs, weights = tensors[: len(plan)], tensors[len(plan) :]
+        calls = _calls(plan, xs, beside, weights)
+        dys = [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs), dy.contiguous()]
+        grads = [None if w is None else torch.empty(w.shape) for w in weights]
+        dbeside = None if beside is None else torch.empty(beside.shape)
+        asked = any(ctx.needs_input_grad[:2])
+        for i, call in enumerate(calls):
+            call.dy = dys[i + 1].data_ptr()
+            if i or asked:
+                call.dx = dys[i].data_ptr()
+            for name, grad in zip(("dgain", "dshift", "dweight", "dbias"), grads[4 * i : 4 * i + 4], strict=True):
+                if grad is not None:
+                    setattr(call, name, grad.data_ptr())
+            if plan[i][1]:
+                calls[i - 1].also = dys[i + 1].data_ptr()
+        if dbeside is not None:
+            calls[0].dbeside = dbeside.data_ptr()
+        ctx.library.dense_backward(calls, len(calls))
+        return dys[0] if asked else None, dbeside, dys[-1] if ctx.based else None, None, None, *grads
 
 
-def _call(kind: int, **tensors: Tensor | None) -> _Call:
-    x, beside, weight = tensors["x"], tensors["beside"], tensors["weight"]
-    assert x is not None and weight is not None
-    out, size = weight.shape
-    call = _Call(len(x), x.stride(0), 0, kind, size, out, 0)
+def _calls(
+    plan: tuple[tuple[int, bool], ...], xs: Sequence[Tensor], beside: Tensor | None, weights: Sequence[Tensor | None]
+) -> Any:
+    calls = (_Call * len(plan))()
+    for i, call in enumerate(calls):
+        gain, shift, weight, bias = weights[4 * i : 4 * i + 4]
+        assert weight is not None and bias is not None
+        x = xs[i]
+        call.rows, call.ldx, call.kind = len(x), x.stride(0), plan[i][0]
+        call.out, call.in_ = weight.shape
+        call.x, call.weight, call.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
+        if gain is not None and shift is not None:
+            call.gain, call.shift = gain.data_ptr(), shift.data_ptr()
     if beside is not None:
-        call.ldp, call.beside_in = beside.stride(0), beside.shape[1]
-    for name, t in tensors.items():
-        if t is not None:
-            setattr(call, name, t.data_ptr())
-    return call
+        calls[0].ldp, calls[0].beside_in, calls[0].beside = beside.stride(0), beside.shape[1], beside.data_ptr()
+    return calls

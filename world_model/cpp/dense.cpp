@@ -16,6 +16,7 @@ struct Dense {
   float* y;
   const float* dy;
   float *dx, *dbeside, *dgain, *dshift, *dweight, *dbias;
+  const float* also;  // [rows,in], what else x gains, where it goes on to a later base; or null
 };
 
 inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -83,18 +84,15 @@ void leave(const Dense& s, int64_t first, int n, const float* dz, int ldz, float
       for (int i = 0; i < own; i += V) {
         const int here = std::min(V, own - i);
         const vec unit = (load(x + i, here) - mean) * scale;
-        store(dx + i, scale * (load(d + i, here) * load(s.gain + i, here) - whole - unit * along), here);
+        vec now = scale * (load(d + i, here) * load(s.gain + i, here) - whole - unit * along);
+        if (s.also) now += load(s.also + (first + r) * own + i, here);
+        store(dx + i, now, here);
       }
     }
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-void dense_forward(const Dense* dense) {
-  const Dense& s = *dense;
+void forward(const Dense& s) {
   const int ldz = pad(s.in), ldo = panels(s.out) * PANEL;
   Arena a = room.open(size_t(ldo) * s.in + ldo + size_t(ROWS_AT_ONCE) * (ldz + ldo) + 64 * V);
   float* w = a.take(size_t(ldo) * s.in);
@@ -124,8 +122,7 @@ void dense_forward(const Dense* dense) {
   }
 }
 
-void dense_backward(const Dense* dense) {
-  const Dense& s = *dense;
+void backward(const Dense& s) {
   const int ldz = pad(s.in);
   Arena a = room.open(size_t(s.out) * ldz * 2 + pad(s.out) + 2 * ldz + size_t(ROWS_AT_ONCE) * 2 * ldz + 64 * V);
   float* dw = a.take(size_t(s.out) * ldz);
@@ -159,6 +156,19 @@ void dense_backward(const Dense* dense) {
   for (int o = 0; o < s.out; o++) copy(s.dweight + size_t(o) * s.in, dw + size_t(o) * ldz, s.in);
   copy(s.dbias, db, s.out);
   if (s.dgain) copy(s.dgain, dgain, s.in), copy(s.dshift, dshift, s.in);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Layers one after another: each x is the y before it.
+void dense_forward(const Dense* layers, int count) {
+  for (int i = 0; i < count; i++) forward(layers[i]);
+}
+
+void dense_backward(const Dense* layers, int count) {
+  for (int i = count - 1; i >= 0; i--) backward(layers[i]);
 }
 
 }
