@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from world_model import native
 from world_model.attention_cpu import attend_streams
+from world_model.config import WorldModelConfig
 from world_model.layers import Layer, chain, norm_linear, silu_linear
-from world_model.window import attend
+from world_model.mot import Block
+from world_model.window import Layout, attend
 
 try:
     native.library("dense")
@@ -39,7 +41,10 @@ def everything(form: Callable[..., Tensor], inputs: list[Tensor], weights: list[
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = form(*inputs)
     gain = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [x.detach().double() for x in (out, *torch.autograd.grad((out * gain).sum(), [*inputs, *weights]))]
+    return [
+        x.detach().double()
+        for x in (out, *torch.autograd.grad((out * gain).sum(), [*inputs, *weights], materialize_grads=True))
+    ]
 
 
 def assert_near(ours: list[Tensor], torch_form: list[Tensor], truth: list[Tensor]) -> None:
@@ -145,3 +150,48 @@ def test_attention(batch: int, frames: int, tokens: int, heads: int, dim: int, a
     compiled = everything(ours, [world, action, bias], [])
     truth = everything(plainly, [x.double() for x in (world, action, bias)], [])
     assert_near(compiled, everything(plainly, [world, action, bias], []), truth)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    letter=st.sampled_from("SDG"),
+    last=st.booleans(),
+    clean=st.integers(1, 20),
+    chunks=st.integers(0, 4),
+    chunk=st.integers(1, 3),
+    tokens=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    dim=st.sampled_from([2, 5, 16, 32]),
+    remembers=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_blocks(
+    letter: str,
+    last: bool,
+    clean: int,
+    chunks: int,
+    chunk: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    remembers: bool,
+    seed: int,
+) -> None:
+    """A whole layer of the trunk: what it gives, what it remembers, and the gradients of everything."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = dict(width=8, action_width=6, window=3, dilation=2, taps=2, chunk=3)
+    block = Block(letter, WorldModelConfig(3, 2, tokens=tokens, heads=heads, head_dim=dim, **sizes), last)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    layout = Layout(clean, tuple(sorted(torch.randint(0, clean + 1, (chunks,)).tolist())), chunk)
+    inputs = [torch.randn(2, layout.frames, tokens, 8), torch.randn(2, layout.frames, 1, 6)]
+    if remembers:
+        inputs += [torch.randn_like(t) for t in block.empty(2, inputs[0]).values()]
+
+    def whole(world: Tensor, action: Tensor, *memory: Tensor) -> Tensor:
+        names = dict(zip(block.names, memory, strict=True)) if remembers else None
+        out = block(world, action, layout, names, torch.tensor([1, 40]) if remembers else None)
+        return torch.cat([x.flatten() for x in (out[0], out[1], *out[2].values())])
+
+    assert_as(whole, block, inputs)

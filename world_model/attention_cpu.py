@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from world_model.native import available
-
 
 class _Call(ctypes.Structure):
     """The struct Attention of attention.cpp."""
@@ -26,12 +24,6 @@ class _Call(ctypes.Structure):
             )
         ),
     ]
-
-
-def compiled(x: Tensor) -> ctypes.CDLL | None:
-    """The compiled code, where it serves such tensors; on one thread only."""
-    fits = x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_num_threads() == 1
-    return available("attention") if fits else None
 
 
 def attend_streams(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from world_model.native import available
+from world_model.native import compiled
 
 KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 
 def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """One after another: x [...,I] -> [...,O]."""
-    if library := _compiled(x, layers[0].linear):
+    if library := compiled("dense", x, layers[0].linear.weight):
         return _apply(library, x, layers)
     before = x
     for layer in layers:
@@ -46,7 +46,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
 
 def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
     """base + the layer of [beside, silu(x)]: x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
-    if library := _compiled(x, linear):
+    if library := compiled("dense", x, linear.weight):
         return _apply(library, x, [Layer("silu", linear)], beside, base)
     return base + linear(torch.cat([beside, F.silu(x)], -1))
 
@@ -62,12 +62,6 @@ def _entered(x: Tensor, layer: Layer) -> Tensor:
             value, gate = x.chunk(2, -1)
             return value * F.silu(gate)
     return x
-
-
-def _compiled(x: Tensor, linear: nn.Linear) -> ctypes.CDLL | None:
-    """One thread only: with more, torch shares a product out, and this doesn't."""
-    fits = x.device.type == "cpu" and x.dtype == linear.weight.dtype == torch.float32 and torch.get_num_threads() == 1
-    return available("dense") if fits else None
 
 
 class _Call(ctypes.Structure):

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from world_model.attention_cpu import attend_streams, compiled
+from world_model.attention_cpu import attend_streams
 from world_model.config import WorldModelConfig
 from world_model.delta import delta
+from world_model.delta_cpu import mix
 from world_model.layers import norm_linear, silu_linear
+from world_model.native import compiled
 from world_model.window import Layout, attend, visible
 
 Memory = dict[str, Tensor]  # a layer's tensors, each [B, ...]
@@ -91,7 +93,13 @@ class Block(nn.Module):
         """
         qkv_w, gate_w, hidden_w = self.world.split(world)
         qkv_a, gate_a, hidden_a = self.action.split(action)
-        if self.letter != "G" and memory is None and (library := compiled(world)):
+        if self.letter == "G" and layout.clean and (library := compiled("delta", world)):
+            state = (memory or self.empty(world.shape[0], world))["S"]
+            at, skip = self._reads(layout)
+            sizes = (layout.clean, layout.chunk, skip)
+            mixed_w, mixed_a, state = mix(library, qkv_w, qkv_a, gate_w, gate_a, self.log_rate, state, at, sizes)
+            new = {"S": state}
+        elif self.letter != "G" and memory is None and (library := compiled("attention", world)):
             mixed_w, mixed_a = attend_streams(library, qkv_w, qkv_a, *self._bias(layout, 0, world))
             new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
         else:
@@ -137,11 +145,7 @@ class Block(nn.Module):
         q, k = F.normalize(torch.stack([q, k]), dim=-1)
         cut = layout.clean * self.group
         log_alpha, beta = self._gates(gates[:, :cut])
-        skip = cut if self.last else 0  # queries nobody asks for
-        at = [
-            *range(1 + skip, cut + 1),
-            *(start * self.group for start in layout.starts for _ in range(layout.chunk * self.group)),
-        ]
+        at, skip = self._reads(layout)
         keys, values = k[:, :, :cut], v[:, :, :cut]
         out, state = delta(q[:, :, skip:], keys, values, log_alpha, beta, state, at)
         out = F.layer_norm(out * self.dim**0.5, (self.dim,), eps=1e-2)
@@ -155,6 +159,13 @@ class Block(nn.Module):
             before = cut - skip
             out = torch.cat([out[:, :, :before], out[:, :, before:] + own], 2)
         return out, {"S": state}
+
+    def _reads(self, layout: Layout) -> tuple[list[int], int]:
+        """After how many keys each query of a G layer reads, and how many before them nobody asks for."""
+        cut = layout.clean * self.group
+        skip = cut if self.last else 0
+        noisy = (start * self.group for start in layout.starts for _ in range(layout.chunk * self.group))
+        return [*range(1 + skip, cut + 1), *noisy], skip
 
     def _window(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None

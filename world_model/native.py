@@ -13,6 +13,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 FOLDER = Path(__file__).with_name("cpp")
 CHOICES = ("auto", "torch", "native")
@@ -71,6 +74,16 @@ def available(name: str) -> ctypes.CDLL | None:
         case "native":
             return library(name)
     return _available(name)
+
+
+def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
+    """``available``, for a form that takes float32 on the CPU and works on one thread: else None.
+
+    With more threads torch shares the work out, and these forms don't.
+    """
+    if torch.get_num_threads() > 1 or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return None
+    return available(name)
 
 
 def _compile(compiler: str, source: Path, built: Path) -> None:

@@ -295,6 +295,177 @@ void heads(const Shape& s, const Tensors& t, int threads, Run run) {
   }
 }
 
+// A G layer's whole mixing, of one dream's head at a time: what mot.py's Block._delta does with both streams' tokens.
+struct Mix {
+  int64_t B, F, P, H, d, clean, chunk, skip;  // the first `clean` frames are written; then come chunks of `chunk` frames
+  int64_t ldw, lda, ldgw, ldga;               // strides of the rows of the streams and of their gates
+  const float *world, *action, *gates_world, *gates_action;  // [B,F,P,3*inner], [B,F,1,3*inner], [B,F,P,2*H], ...
+  const float *log_rate, *state;                             // [H], [B,H,d,d]
+  float *out_world, *out_action, *final;                     // [B,F,P,inner], [B,F,1,inner], [B,H,d,d]
+  float *out, *saved;                                        // [B,H,R,d], [B,H,chunks,d,ld]
+  const float *dout_world, *dout_action, *dfinal;
+  float *dworld, *daction, *dgates_world, *dgates_action, *dlog_rate, *dstate;
+};
+
+struct Mixer {
+  const Mix& m;
+  Shape s;
+  Tensors t{};
+  int N, cut, own, group, inner, d;
+  float *q, *k, *v, *lq, *lk, *log_alpha, *beta, *soft, *dq, *dk, *dv, *dlog_alpha, *dbeta, *dout, *scores, *dscores, *line;
+
+  Mixer(const Mix& m, const Shape& reads, Arena& a) : m(m), s(reads) {
+    group = int(m.P) + 1, N = int(m.F) * group, cut = int(m.clean) * group, own = int(m.chunk) * group;
+    d = int(m.d), inner = int(m.H) * d;
+    s.B = s.H = 1, s.T = cut, s.R = N - m.skip, s.d = s.e = d;
+    for (int64_t* stride : {s.q, s.k, s.v}) stride[0] = stride[1] = 0, stride[2] = d;
+    auto take = [&](size_t n) { return a.take(n); };
+    q = take(size_t(N) * d), k = take(size_t(N) * d), v = take(size_t(N) * d), lq = take(N), lk = take(N);
+    log_alpha = take(cut), beta = take(cut), soft = take(cut), dq = take(size_t(N) * d), dk = take(size_t(N) * d);
+    dv = take(size_t(N) * d), dlog_alpha = take(cut), dbeta = take(cut), dout = take(size_t(N) * d);
+    scores = take(size_t(own) * own), dscores = take(size_t(own) * own), line = take(d);
+    t.q = q + m.skip * d, t.k = k, t.v = v, t.log_alpha = log_alpha, t.beta = beta;
+    t.dq = dq + m.skip * d, t.dk = dk, t.dv = dv, t.dlog_alpha = dlog_alpha, t.dbeta = dbeta, t.dout = dout;
+  }
+
+  static size_t size(const Mix& m) {
+    const size_t N = m.F * (m.P + 1), own = m.chunk * (m.P + 1);
+    return 8 * N * m.d + 8 * N + 2 * own * own + m.d + 32 * V;
+  }
+
+  template <class T>
+  T* row(T* world, T* action, int64_t ldw, int64_t lda, int64_t b, int n) const {
+    const int64_t f = n / group, g = n % group;
+    return g < m.P ? world + ((b * m.F + f) * m.P + g) * ldw : action + (b * m.F + f) * lda;
+  }
+
+  // Unit queries and keys, values, and what the gates say
+  void prepare(int64_t b, int64_t h) {
+    const float rate = std::exp(m.log_rate[h]);
+    for (int n = 0; n < N; n++) {
+      const float* x = row(m.world, m.action, m.ldw, m.lda, b, n) + h * d;
+      lq[n] = unit(x, q + size_t(n) * d), lk[n] = unit(x + inner, k + size_t(n) * d);
+      copy(v + size_t(n) * d, x + 2 * inner, d);
+      if (n >= cut) continue;
+      const float* g = row(m.gates_world, m.gates_action, m.ldgw, m.ldga, b, n);
+      soft[n] = g[h] > 20.0f ? g[h] : std::log1p(std::exp(g[h]));
+      log_alpha[n] = -rate * soft[n], beta[n] = 1.0f / (1.0f + std::exp(-g[m.H + h]));
+    }
+    const int64_t head = b * m.H + h;
+    t.state = m.state + head * d * d, t.final = m.final + head * d * d, t.out = m.out + head * s.R * d;
+    t.saved = m.saved ? m.saved + head * s.chunks * d * pad(d) : nullptr;
+    t.dfinal = m.dfinal ? m.dfinal + head * d * d : nullptr, t.dstate = m.dstate ? m.dstate + head * d * d : nullptr;
+  }
+
+  float unit(const float* x, float* to) const {  // -> the length that it had
+    const float length = std::max(std::sqrt(dot(x, x, d)), 1e-12f);
+    for (int i = 0; i < d; i += V) store(to + i, load(x + i, d - i) * (1.0f / length), d - i);
+    return length;
+  }
+
+  // What the tokens of the chunk at token `from` are to each other: softmax(sqrt(d) q k^T)
+  void weigh(int from) {
+    const float by = std::sqrt(float(d));
+    for (int i = 0; i < own; i++) {
+      float *p = scores + size_t(i) * own, top = -std::numeric_limits<float>::infinity(), total = 0;
+      for (int j = 0; j < own; j++) p[j] = by * dot(q + size_t(from + i) * d, k + size_t(from + j) * d, d), top = std::max(top, p[j]);
+      for (int j = 0; j < own; j += V) store(p + j, exponential(load(p + j, own - j) - top), own - j);
+      for (int j = 0; j < own; j++) total += p[j];
+      for (int j = 0; j < own; j++) p[j] /= total;
+    }
+  }
+
+  void forward(int64_t b, int64_t h, Work& w) {
+    prepare(b, h);
+    if (s.chunks) Head{s, t, w, 0, 0, 0}.forward();
+    for (int n = 0; n < N; n++) {
+      float* to = row(m.out_world, m.out_action, inner, inner, b, n) + h * d;
+      if (n < m.skip) {
+        std::fill(to, to + d, 0.0f);
+        continue;
+      }
+      float* o = t.out + (n - m.skip) * d;
+      for (int i = 0; i < d; i++) line[i] = o[i] * std::sqrt(float(d));
+      normalise(Norm{d}, 1e-2f, 1, line, d, line, d);
+      if (n >= cut && (n - cut) % own == 0) weigh(n);
+      if (n >= cut) {
+        const int first = cut + (n - cut) / own * own;
+        const float* p = scores + size_t(n - first) * own;
+        for (int j = 0; j < own; j++) gain(line, v + size_t(first + j) * d, p[j]);
+      }
+      copy(to, line, d);
+    }
+  }
+
+  void gain(float* to, const float* x, float by) const {
+    for (int i = 0; i < d; i += V) store(to + i, load(to + i, d - i) + by * load(x + i, d - i), d - i);
+  }
+
+  void backward(int64_t b, int64_t h, Work& w) {
+    prepare(b, h);
+    for (int n = int(m.skip); n < N; n++) {  // through the norm of what the memory told
+      const float *dy = row(m.dout_world, m.dout_action, inner, inner, b, n) + h * d, *o = t.out + (n - m.skip) * d;
+      float *to = dout + (n - m.skip) * d, mean = 0, square = 0, along = 0, whole = 0;
+      const float root = std::sqrt(float(d));
+      for (int i = 0; i < d; i++) mean += o[i] * root / d;
+      for (int i = 0; i < d; i++) square += (o[i] * root - mean) * (o[i] * root - mean) / d;
+      const float scale = 1.0f / std::sqrt(square + 1e-2f);
+      for (int i = 0; i < d; i++) along += dy[i] * (o[i] * root - mean) * scale / d, whole += dy[i] / d;
+      for (int i = 0; i < d; i++) to[i] = root * scale * (dy[i] - whole - (o[i] * root - mean) * scale * along);
+    }
+    std::fill(dq, dq + size_t(N) * d, 0.0f), std::fill(dk, dk + size_t(N) * d, 0.0f), std::fill(dv, dv + size_t(N) * d, 0.0f);
+    if (s.chunks) Head{s, t, w, 0, 0, 0}.backward();
+    for (int from = cut; from < N; from += own) {  // through what the chunks' tokens tell each other
+      weigh(from);
+      const float by = std::sqrt(float(d));
+      for (int i = 0; i < own; i++) {
+        const float* dy = row(m.dout_world, m.dout_action, inner, inner, b, from + i) + h * d;
+        float *p = scores + size_t(i) * own, *dp = dscores + size_t(i) * own, mean = 0;
+        for (int j = 0; j < own; j++) dp[j] = dot(dy, v + size_t(from + j) * d, d), mean += dp[j] * p[j];
+        for (int j = 0; j < own; j++) {
+          const float now = by * p[j] * (dp[j] - mean);
+          gain(dv + size_t(from + j) * d, dy, p[j]);
+          gain(dq + size_t(from + i) * d, k + size_t(from + j) * d, now);
+          gain(dk + size_t(from + j) * d, q + size_t(from + i) * d, now);
+        }
+      }
+    }
+    const float rate = std::exp(m.log_rate[h]);
+    for (int n = 0; n < N; n++) {
+      float* to = row(m.dworld, m.daction, 3 * inner, 3 * inner, b, n) + h * d;
+      back(to, dq + size_t(n) * d, q + size_t(n) * d, lq[n]), back(to + inner, dk + size_t(n) * d, k + size_t(n) * d, lk[n]);
+      copy(to + 2 * inner, dv + size_t(n) * d, d);
+      float* dg = row(m.dgates_world, m.dgates_action, 2 * m.H, 2 * m.H, b, n);
+      if (n >= cut) {
+        dg[h] = dg[m.H + h] = 0.0f;
+        continue;
+      }
+      const float g = row(m.gates_world, m.gates_action, m.ldgw, m.ldga, b, n)[h];
+      m.dlog_rate[h] += dlog_alpha[n] * log_alpha[n];
+      dg[h] = -dlog_alpha[n] * rate / (1.0f + std::exp(-g)), dg[m.H + h] = dbeta[n] * beta[n] * (1.0f - beta[n]);
+    }
+  }
+
+  void back(float* to, const float* given, const float* unit, float length) const {
+    const float along = dot(given, unit, d);
+    for (int i = 0; i < d; i += V)
+      store(to + i, (load(given + i, d - i) - along * load(unit + i, d - i)) * (1.0f / length), d - i);
+  }
+};
+
+template <class Run>
+void mixers(const Mix& m, const Shape& reads, Run run) {
+  int most = 0;
+  for (int64_t chunk = 0; chunk < reads.chunks; chunk++) most = std::max(most, reads.first[chunk + 1] - reads.first[chunk]);
+  Shape s = reads;
+  s.d = s.e = m.d;
+  Arena a = ::room.open(work_room(s, most) + Mixer::size(m));
+  Work w = work(s, most, a);
+  Mixer mixer(m, reads, a);
+  for (int64_t b = 0; b < m.B; b++)
+    for (int64_t h = 0; h < m.H; h++) run(mixer, b, h, w);
+}
+
 }  // namespace
 
 extern "C" {
@@ -305,6 +476,15 @@ void delta_forward(const Shape* s, const Tensors* t, int threads) {
 
 void delta_backward(const Shape* s, const Tensors* t, int threads) {
   heads(*s, *t, threads, [](Head& head) { head.backward(); });
+}
+
+void mix_forward(const Mix* m, const Shape* reads) {
+  mixers(*m, *reads, [](Mixer& x, int64_t b, int64_t h, Work& w) { x.forward(b, h, w); });
+}
+
+void mix_backward(const Mix* m, const Shape* reads) {
+  std::fill(m->dlog_rate, m->dlog_rate + m->H, 0.0f);
+  mixers(*m, *reads, [](Mixer& x, int64_t b, int64_t h, Work& w) { x.backward(b, h, w); });
 }
 
 }
