@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from kairos_gym.models import load
 from kairos_gym.report import machine
 from world_model.config import WorldModelConfig
 from world_model.delta import delta, delta_chunked
+from world_model.episodes import Episodes
+from world_model.fit import FitConfig, Run
 from world_model.model import WorldModel
 from world_model.native import library
 
@@ -165,6 +168,43 @@ def memory(tokens: int = 256) -> dict[str, Any]:
         "ns": rows,
         "floor_ns": floor * 1e9,
         "over_best_torch": best / rows["compiled"]["both"],
+        "machine": machine(),
+    }
+
+
+def updates() -> dict[str, Any]:
+    """Milliseconds of CPU time an update of ``fit``, HalfCheetah's sizes, compiled and in plain torch.
+
+    The draft's phase and the memory's, on episodes of noise, which cost the same. One thread, by turns in one run.
+    """
+    shipped: Any = load("halfcheetah")
+    rng, steps = np.random.default_rng(0), 200
+    episodes = Episodes.stack(
+        (rng.normal(size=(steps + 1, 17)), rng.uniform(-1, 1, (steps, 6)), rng.normal(size=steps), np.zeros(steps))
+        for _ in range(100)
+    )
+    length = FitConfig(draft_steps=10**6, steps=10**6)
+    jobs: dict[str, Callable[[], float]] = {}
+
+    def updating(run: Run, first: int, kernels: str) -> Callable[[], float]:
+        def some() -> float:
+            with _kernels(kernels):
+                for i in range(40):  # all chunk lengths alike
+                    run.update(first + i)
+            return 40.0
+
+        return some
+
+    for kernels in ("native", "torch"):
+        for phase, first in (("draft", 0), ("memory", length.draft_steps)):
+            model = WorldModel(shipped.config, shipped.spec)
+            model.scaling.measure(episodes)
+            jobs[f"{phase}, {kernels}"] = updating(Run(model, episodes, length, Path(), ""), first, kernels)
+    rates = _by_turns(jobs)
+    return {
+        "bench": "updates",
+        "ms": {name: 1e3 / statistics.median(rate) for name, rate in rates.items()},
+        "over_torch": {p: _ratio(rates[f"{p}, native"], rates[f"{p}, torch"]) for p in ("draft", "memory")},
         "machine": machine(),
     }
 

@@ -138,6 +138,13 @@ def interrupted_at(out: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> lis
     return made
 
 
+def test_compiled_training_is_torch_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = train_short(tmp_path / "auto").state_dict()
+    monkeypatch.setenv("KAIROS_KERNELS", "torch")
+    for name, weight in train_short(tmp_path / "torch").state_dict().items():
+        assert torch.allclose(ours[name], weight, rtol=1e-3, atol=1e-4), name
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     out = tmp_path_factory.mktemp("unbroken")
@@ -227,6 +234,6 @@ def test_a_bound_that_is_overshot_costs_nothing(tmp_path: Path) -> None:
         run = Run(model, Episodes.stack(stuck), SHORT, tmp_path, "")
         assert model.draft is not None
         model.draft.leave.bias.data[0] = reach
-        run._draft_losses()["draft"].backward()
+        run._backward({"draft": run._draft_losses()["draft"]})
         grad = model.draft.leave.bias.grad
         assert grad is not None and (grad[0] != 0) == learns

@@ -42,9 +42,16 @@ class Draft(nn.Module):
         came [...,O]: the change that led to obs, over step_std too; zero where it isn't known.
         """
         seen = [obs, action, came] if self.frames > 1 else [obs, action]
+        return self.read(chain(torch.cat(seen, -1), self.layers()))
+
+    def layers(self) -> list[Layer]:
         between = [layer for block in self.blocks for layer in block.layers()]  # type: ignore[operator, union-attr]
-        layers = [Layer("plain", self.enter), *between, Layer("plain", self.leave)]
-        mean, log_var = chain(torch.cat(seen, -1), layers).chunk(2, -1)
+        return [Layer("plain", self.enter), *between, Layer("plain", self.leave)]
+
+    @staticmethod
+    def read(told: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer gives [...,2*O] -> mean and log-variance [...,O]."""
+        mean, log_var = told.chunk(2, -1)
         return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
 
     def unroll(self, obs: Tensor, actions: Tensor, before: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -83,6 +90,8 @@ class Outcome(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:
         """obs and after [...,O] normalised, change [...,O] scaled, action [...,A] in [-1,1] -> [...,2]."""
+        return chain(torch.cat([obs, action, change, after], -1), self.chain())
+
+    def chain(self) -> list[Layer]:
         enter, _, middle, _, leave = self.layers
-        layers = [Layer("plain", enter), Layer("silu", middle), Layer("silu", leave)]  # type: ignore[arg-type]
-        return chain(torch.cat([obs, action, change, after], -1), layers)
+        return [Layer("plain", enter), Layer("silu", middle), Layer("silu", leave)]  # type: ignore[arg-type]

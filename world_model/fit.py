@@ -7,7 +7,9 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from world_model.contract import Spec
 from world_model.draft import beta_nll
 from world_model.episodes import Episodes, Starts
 from world_model.flow import corrupt, shift, shift_factor, velocity_loss
+from world_model.layers import Layer, Standing, chain
 from world_model.model import Guess, WorldModel, save_atomically
+from world_model.native import compiled
 from world_model.window import Layout
 
 
@@ -171,6 +175,10 @@ def _check(config: WorldModelConfig, spec: Spec, episodes: Episodes, train: FitC
         )
 
 
+def _joined(layers: list[Layer], parts: list[Tensor]) -> Tensor:
+    return chain(torch.cat(parts, -1), layers)
+
+
 def _side_by_side(parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter:
     """Moves parameters, and their gradients, into one long tensor [N] each: what is done to all is done at once."""
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
@@ -202,6 +210,10 @@ class Run:
         room = episodes.left >= torch.minimum(torch.tensor(train.frames), episodes.index + episodes.left)
         self.windows = (room & (episodes.left > 0)).nonzero()[:, 0]
         self.generator = torch.Generator()
+        self.scaled = replace(
+            episodes, obs=model.scaling.obs(episodes.obs), action=model.scaling.action(episodes.action)
+        )
+        self.standing: dict[str, Standing | Callable[[list[Tensor]], Tensor]] = {}
         self.foreseen: tuple[Tensor, Tensor] | None = None
 
     def update(self, step: int) -> dict[str, Tensor]:
@@ -215,10 +227,10 @@ class Run:
         done, length = (step, train.draft_steps) if early else (step - train.draft_steps, train.steps)
         optimiser, flat = self.optimisers[phase], self.flat[phase]
         losses = self._draft_losses() if early else self._memory_losses(self._chunk_length(step))
-        optimiser.zero_grad(set_to_none=False)
-        total: Tensor = sum(losses.values())  # type: ignore[assignment]
-        total.backward()
-        torch.nn.utils.clip_grad_norm_([flat], 1.0)
+        assert flat.grad is not None
+        flat.grad.zero_()
+        self._backward(losses)
+        flat.grad.mul_((1.0 / (flat.grad.norm() + 1e-6)).clamp_max(1.0))  # cut to length 1
         warm = min(1.0, (done + 1) / min(100, length))
         optimiser.param_groups[0]["lr"] = (
             (train.draft_lr if early else train.lr) * warm * (0.5 + 0.5 * math.cos(math.pi * done / length))
@@ -228,38 +240,57 @@ class Run:
         self.averages[phase].lerp_(flat.detach(), 1 - decay)
         return losses
 
+    def _backward(self, losses: dict[str, Tensor]) -> None:
+        total: Tensor = sum(losses.values())  # type: ignore[assignment]
+        total.backward()
+        for form in self.standing.values():
+            if isinstance(form, Standing):
+                form.backward()
+
     def _chunk_length(self, step: int) -> int:
         """Training takes 1, 1, half and all of the longest in turn: one checkpoint serves every chunk length."""
         longest = self.model.config.chunk
         return (1, 1, max(1, longest // 2), longest)[step % 4]
 
     def _draft_losses(self) -> dict[str, Tensor]:
-        model, data = self.model, self.episodes
+        model, data = self.model, self.scaled
         rows = self.transitions[
             torch.randint(len(self.transitions), (self.train.draft_batch,), generator=self.generator)
         ]
-        before, after = model.scaling.obs(data.obs[rows - 1]), model.scaling.obs(data.obs[rows])
-        action = model.scaling.action(data.action[rows])
-        outcome = model.judge(before, action, after, None)
+        before, after = data.obs.index_select(0, rows - 1), data.obs.index_select(0, rows)
+        action = data.action.index_select(0, rows)
+        change = (after - before) / model.scaling.step_std
+        outcome = self._through("outcome", [before, action, change, after])
         losses = self._outcome_losses(outcome, data.reward[rows], data.terminated[rows], torch.ones(len(rows)))
         if model.draft is not None:
-            # Now and then what came before is kept back, since a dream may begin anywhere.
-            known = (data.index[rows] > 1) & (torch.rand(len(rows), generator=self.generator) > 1 / 16)
-            came = (before - model.scaling.obs(data.obs[rows - 1 - known.long()])) / model.scaling.step_std
-            mean, log_var = model.draft(before, action, came)
-            change = (after - before) / model.scaling.step_std
+            sees = [before, action]
+            if model.draft.frames > 1:
+                # Now and then what came before is kept back, since a dream may begin anywhere.
+                known = (data.index[rows] > 1) & (torch.rand(len(rows), generator=self.generator) > 1 / 16)
+                sees.append((before - data.obs[rows - 1 - known.long()]) / model.scaling.step_std)
+            mean, log_var = model.draft.read(self._through("draft", sees))
             # What goes beyond a bound is cut off in a dream, so where the truth lies on the bound that is no error.
             # (Pendulum's velocity stops dead at its limit: without this the draft spends itself on that corner.)
             met = model.scaling.limit(before + model.scaling.step_std * mean) == after
             losses["draft"] = beta_nll(torch.where(met, change, mean), log_var, change)
         return losses
 
+    def _through(self, name: str, parts: list[Tensor]) -> Tensor:
+        """One of the first phase's nets; where it stands in compiled code, without a graph behind its output."""
+        form = self.standing.get(name)
+        if form is None:
+            draft, outcome = self.model.draft, self.model.outcome
+            layers = outcome.chain() if name == "outcome" or draft is None else draft.layers()
+            library = compiled("dense", self.flat[0])
+            form = Standing(library, layers, len(parts[0])) if library else partial(_joined, layers)
+            self.standing[name] = form
+        return form.forward(parts) if isinstance(form, Standing) else form(parts)
+
     def _memory_losses(self, chunk: int) -> dict[str, Tensor]:
         train, model, g = self.train, self.model, self.generator
         at = self.windows[torch.randint(len(self.windows), (train.batch,), generator=g)]
         frames = train.frames // chunk * chunk
-        obs, actions, reward, ended, valid = self.episodes.windows(at, frames + 1)
-        obs, actions = model.scaling.obs(obs), model.scaling.action(actions)
+        obs, actions, reward, ended, valid = self.scaled.windows(at, frames + 1)
         layout = Layout(frames + 1, tuple(range(1, frames + 1, chunk)), chunk)
         # From here on the frames after the first are grouped in chunks: [B,C,K,...]
         target, before, play, gain, end, weight = (
@@ -330,6 +361,7 @@ class Run:
         """End of the draft's training: its averaged weights stay, and what it gets wrong becomes the flow's unit."""
         model, data, k = self.model, self.episodes, self.model.config.chunk
         self._settle(0)
+        self.standing.clear()
         g = torch.Generator().manual_seed(self.train.seed)
         at = self.windows[torch.randint(len(self.windows), (4096,), generator=g)]
         obs, actions, _, _, valid = data.windows(at, k + 1)

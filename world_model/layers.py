@@ -87,19 +87,64 @@ def _apply(
     beside: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
+    rows = [None if t is None else _rows(t) for t in (x, beside, base)]
+    y = _Dense.apply(*rows, _plan(layers), library, *_weights(layers))
+    return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
+
+
+def _plan(layers: Sequence[Layer]) -> tuple[tuple[int, bool], ...]:
+    return tuple((KINDS.index(layer.kind), layer.residual) for layer in layers)
+
+
+def _weights(layers: Sequence[Layer]) -> list[Tensor | None]:
     weights: list[Tensor | None] = []
     for layer in layers:
         weights += [None, None] if layer.norm is None else [layer.norm.weight, layer.norm.bias]
         weights += [layer.linear.weight, layer.linear.bias]
-    rows = [None if t is None else _rows(t) for t in (x, beside, base)]
-    plan = tuple((KINDS.index(layer.kind), layer.residual) for layer in layers)
-    y = _Dense.apply(*rows, plan, library, *weights)
-    return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
+    return weights
 
 
 def _rows(t: Tensor) -> Tensor:
     t = t.reshape(-1, t.shape[-1]) if t.ndim != 2 else t
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class Standing:
+    """A chain for a loop that does nothing else: its buffers stand, and gradients go straight to the weights' ``grad``.
+
+    Weights and their gradients must stay where they are in memory.
+    """
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[Layer], rows: int):
+        self._library = library
+        sizes = [layers[0].linear.in_features, *(layer.linear.out_features for layer in layers)]
+        self._xs, self._dys = ([torch.zeros(rows, size) for size in sizes] for _ in range(2))
+        weights = _weights(layers)
+        plan = _plan(layers)
+        self._calls = _calls(plan, self._xs, None, weights)
+        for i, call in enumerate(self._calls):
+            call.y, call.dy = self._xs[i + 1].data_ptr(), self._dys[i + 1].data_ptr()
+            call.dx = self._dys[i].data_ptr() if i else None
+            for name, weight in zip(("dgain", "dshift", "dweight", "dbias"), weights[4 * i : 4 * i + 4], strict=True):
+                if weight is not None:
+                    assert weight.grad is not None and weight.grad.is_contiguous()
+                    setattr(call, name, weight.grad.data_ptr())
+            if plan[i][1]:
+                call.base, self._calls[i - 1].also = self._xs[i - 1].data_ptr(), self._dys[i + 1].data_ptr()
+
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """x [rows,I], in parts side by side -> [rows,O], a leaf of a graph of its own."""
+        torch.cat(list(parts), -1, out=self._xs[0])
+        self._library.dense_forward(self._calls, len(self._calls))
+        self._out = self._xs[-1].detach().requires_grad_()
+        return self._out
+
+    def backward(self) -> None:
+        """After a loss of what ``forward`` gave has been told to autograd: on to the weights."""
+        if self._out.grad is None:  # the loss was of something else
+            return
+        self._dys[-1].copy_(self._out.grad)
+        self._library.dense_backward(self._calls, len(self._calls))
 
 
 class _Dense(torch.autograd.Function):
