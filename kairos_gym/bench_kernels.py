@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from kairos_gym.models import load
 from kairos_gym.report import machine
 from world_model.config import WorldModelConfig
-from world_model.delta import delta, delta_chunked
+from world_model.delta import delta, delta_chunked, delta_recurrent
 from world_model.episodes import Episodes
 from world_model.fit import FitConfig, Run
 from world_model.model import WorldModel
@@ -115,31 +116,59 @@ def multiply_adds(config: WorldModelConfig, chunk: int) -> float:
     return total + (3 * o + a) * w + w * w + 2 * w + 2 * p * d
 
 
-def memory(tokens: int = 256) -> dict[str, Any]:
-    """Nanoseconds a token and head of the delta rule, B=64, H=4, d=32: compiled, chunked in torch, and the floor.
+def memory() -> dict[str, Any]:
+    """Nanoseconds a token and head of the delta rule, H=4, d=32: compiled, the best form in torch, and the floor.
 
-    The floor of a forward pass is its 3 d^2 multiply-adds at the rate that this processor has at best, or the bytes
-    that it must read and write at the rate of a large copy, whichever takes longer. One thread, by turns in one run.
+    Training: B=64 and 64, 256, 1024 tokens, forward and both ways. Streaming: B=1, 64, 1024 memories, 1, 4, 16 tokens
+    onto them without gradients. The floor of a forward pass is its 3 d^2 multiply-adds at the rate that this processor
+    has at best, or the bytes that it must read and write at the rate of a large copy, whichever takes longer. One
+    thread, by turns in one run.
     """
-    args = _keys(64, 4, tokens, 32)
-    count = 64 * 4 * tokens
+    torch_forms: dict[str, Any] = {f"chunk {c}": partial(delta_chunked, chunk=c) for c in (16, 32, 64)}
+    rows: list[dict[str, Any]] = []
+    for tokens in (64, 256, 1024):
+        args = _keys(64, 4, tokens, 32)
+        jobs = {("compiled", part): _delta_job(delta, args, part) for part in ("forward", "both")}
+        jobs |= {
+            (name, part): _delta_job(f, args, part) for name, f in torch_forms.items() for part in ("forward", "both")
+        }
+        rows.append({"what": "training", "dreams": 64, "tokens": tokens} | _against_floor(jobs, 64, tokens))
+    for batch in DREAMS[::2]:
+        for tokens in (1, 4, 16):
+            args = _keys(batch, 4, tokens, 32)
+            jobs = {("compiled", "forward"): _delta_job(delta, args, "forward")}
+            jobs |= {
+                (name, "forward"): _delta_job(form, args, "forward")
+                for name, form in (torch_forms | {"recurrence": delta_recurrent}).items()
+            }
+            rows.append({"what": "streaming", "dreams": batch, "tokens": tokens} | _against_floor(jobs, batch, tokens))
+    for row in rows:
+        both = f"{row['both']:.0f} | {row['torch_both']:.0f}" if "both" in row else "- | -"
+        print(
+            "| {what} | {dreams} | {tokens} | {forward:.0f} | {torch_forward:.0f} | {over_floor:.1f}x | ".format(**row)
+            + f"{both} |"
+        )
+    return {"bench": "memory", "rows": rows, "machine": machine()}
 
-    def forward(form: Callable[..., tuple[Tensor, Tensor]], **how: Any) -> Callable[[], float]:
-        def run() -> float:
-            with torch.no_grad():
-                form(*args, **how)
-            return count
 
-        return run
+def _delta_job(form: Callable[..., tuple[Tensor, Tensor]], args: list[Tensor], part: str) -> Callable[[], float]:
+    count = args[1].shape[:3].numel()
+    often = max(1, 20_000 // count)
 
-    def both(form: Callable[..., tuple[Tensor, Tensor]], **how: Any) -> Callable[[], float]:
-        def run() -> float:
-            out, final = form(*args, **how)
-            torch.autograd.grad([out, final], args, [torch.ones_like(out), torch.ones_like(final)])
-            return count
+    def run() -> float:
+        for _ in range(often):
+            if part == "forward":
+                with torch.no_grad():
+                    form(*args)
+            else:
+                out = form(*args)
+                torch.autograd.grad(out, args, [torch.ones_like(x) for x in out])
+        return float(often * count)
 
-        return run
+    return run
 
+
+def _against_floor(jobs: dict[tuple[str, str], Callable[[], float]], batch: int, tokens: int) -> dict[str, float]:
     source = torch.ones(16 << 20)
     target = torch.empty_like(source)
 
@@ -147,29 +176,19 @@ def memory(tokens: int = 256) -> dict[str, Any]:
         target.copy_(source)
         return 8.0 * source.numel()
 
-    jobs: dict[str, Callable[[], float]] = {"arithmetic": _arithmetic(), "copy": copied}
-    forms: dict[str, tuple[Any, dict[str, Any]]] = {"compiled": (delta, {})}
-    forms |= {f"torch, chunk {c}": (delta_chunked, {"chunk": c}) for c in (16, 32, 64)}
-    for name, (form, how) in forms.items():
-        jobs |= {f"{name}: forward": forward(form, **how), f"{name}: both": both(form, **how)}
-    rates = _by_turns(jobs, rounds=5)
-    operations, bytes_moved = 2 * 3 * 32 * 32, 4 * (4 * 32 + 2)
-    floor = max(operations / statistics.median(rates["arithmetic"]), bytes_moved / statistics.median(rates["copy"]))
-    rows = {
-        name: {part: 1e9 / statistics.median(rates[f"{name}: {part}"]) for part in ("forward", "both")}
-        for name in forms
-    }
-    for name, row in rows.items():
-        print(f"| {tokens} | {name} | {row['forward']:.0f} | {row['both']:.0f} | {row['forward'] / floor / 1e9:.1f}x |")
-    best = min(row["both"] for name, row in rows.items() if name != "compiled")
-    return {
-        "bench": "memory",
-        "tokens": tokens,
-        "ns": rows,
-        "floor_ns": floor * 1e9,
-        "over_best_torch": best / rows["compiled"]["both"],
-        "machine": machine(),
-    }
+    rates = _by_turns({"arithmetic": _arithmetic(), "copy": copied} | {"/".join(k): v for k, v in jobs.items()}, 5)
+    ns = {name: 1e9 / statistics.median(rate) for name, rate in rates.items()}
+    operations, moved = (
+        2 * 3 * 32 * 32,
+        4 * (4 * 32 + 2) + 2 * 4 * 32 * 32 / tokens,
+    )  # tokens in and out, and the memory
+    floor = max(operations * ns["arithmetic"], moved * ns["copy"])
+    found = {"forward": ns["compiled/forward"], "floor": floor, "over_floor": ns["compiled/forward"] / floor}
+    found["torch_forward"] = min(t for name, t in ns.items() if name.endswith("/forward") and "compiled" not in name)
+    if "compiled/both" in ns:
+        found["both"] = ns["compiled/both"]
+        found["torch_both"] = min(t for name, t in ns.items() if name.endswith("/both") and "compiled" not in name)
+    return found
 
 
 def updates() -> dict[str, Any]:

@@ -177,6 +177,28 @@ def test_compiled_is_recurrent(
         assert wrong <= 5 * usual, f"{name} is {wrong:.1e} off the truth, torch {usual:.1e}"
 
 
+@pytest.mark.usefixtures("compiled", "unwritten")
+@given(
+    total=st.integers(1, 20),
+    at=st.none() | st.lists(st.floats(0, 1), max_size=20),
+    seed=st.integers(0, 10**6),
+    write=st.sampled_from([-3.0, 0.0, 15.0]),
+    d=st.sampled_from([2, 5, 16, 32, 40]),
+    e=st.sampled_from([1, 3, 16, 33]),
+)
+@settings(max_examples=60, deadline=None)
+def test_streamed_without_gradients_is_recurrent(
+    total: int, at: list[float] | None, seed: int, write: float, d: int, e: int
+) -> None:
+    reads = None if at is None else [round(x * total) for x in at]
+    args = inputs(total, total if reads is None else len(reads), seed=seed, write=write, d=d, e=e)
+    q, k, v, log_alpha, beta, state = (x.float() for x in args)
+    with torch.no_grad():
+        ours = delta(q, k, v, log_alpha, beta, state, reads)
+        for a, b in zip(delta_recurrent(*args, reads), ours, strict=True):
+            torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_compiled_takes_views_and_more_threads() -> None:
     args = [x.float() for x in inputs(40, 40, d=16, e=16)]

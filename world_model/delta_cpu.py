@@ -38,7 +38,7 @@ def _reads(at: tuple[int, ...], total: int) -> tuple[Any, Any, Any]:
     """Reads by the chunk that they come after -> which [R], how many of its keys they see [R], first [chunks+1]."""
     chunks = -(-total // _CHUNK)
     of = [max(n - 1, 0) // _CHUNK for n in at]
-    order = sorted(range(len(at)), key=of.__getitem__)
+    order = sorted(range(len(at)), key=at.__getitem__)
     upto = [at[r] - of[r] * _CHUNK for r in order]
     first = [sum(c < chunk for c in of) for chunk in range(chunks + 1)]
     return tuple((ctypes.c_int32 * max(len(x), 1))(*x) for x in (order, upto, first))  # type: ignore[return-value]
@@ -98,7 +98,8 @@ def delta_cpu(
     at: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """As ``delta.delta_chunked``, of float32 tensors on the CPU and at least one key."""
-    return _Delta.apply(q, k, v, log_alpha, beta, state, tuple(at), library)  # type: ignore[no-any-return]
+    inputs = _seen(q, k, v, log_alpha, beta, state)
+    return _Delta.apply(*inputs, tuple(at), library)  # type: ignore[no-any-return]
 
 
 class _Mix(ctypes.Structure):
@@ -185,9 +186,13 @@ def mix(
     at: of the tokens that ask, after how many keys. sizes: the clean frames, at least 1; the frames of a noisy chunk;
     and how many tokens ask nothing and get zeros.
     """
-    return _Mixing.apply(  # type: ignore[no-any-return]
-        world, action, gates_world, gates_action, log_rate, state, tuple(at), sizes, library
-    )
+    inputs = _seen(world, action, gates_world, gates_action, log_rate, state)
+    return _Mixing.apply(*inputs, tuple(at), sizes, library)  # type: ignore[no-any-return]
+
+
+def _seen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autograd sees them: a Function is told that weights want gradients also where nobody records any."""
+    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
 
 
 def _mix(given: Sequence[Tensor], sizes: tuple[int, int, int]) -> _Mix:

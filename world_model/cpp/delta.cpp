@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int C = 16;
+constexpr int C = 16;  // keys of a chunk
 
 vec counting() {
   vec x;
@@ -180,7 +180,31 @@ struct Head {
     multiply<true>(w.d, w.Kt, C, faded, w.lde, C, w.lde, w.S, w.lde);
   }
 
+  // Few keys and no gradient: key by key, as the recurrence stands
+  void stream() {
+    transpose([&](int e) { return t.state + (head * w.e + e) * w.d; }, w.e, w.d, w.S, w.lde);
+    const float by = 1.0f / std::sqrt(float(w.d));
+    const float *la = t.log_alpha + head * s.T, *be = t.beta + head * s.T;
+    int r = 0;  // the reads come in the order of time
+    auto ask = [&] {
+      for (int i = 0; i < w.d; i += V) store(w.Q + i, by * load(query(s.order[r]) + i, w.d - i));
+    };
+    auto told = [&] { copy(t.out + (head * s.R + s.order[r++]) * w.e, w.O, w.e); };
+    for (int n = 0; n <= s.T; n++) {
+      if (n) {
+        const bool asked = r < s.R && s.upto[r] == n;
+        copy(w.V, value(n - 1), w.e);
+        if (asked) ask();
+        delta_step(w.d, w.lde, key(n - 1), asked ? w.Q : nullptr, w.V, std::exp(la[n - 1]), be[n - 1], w.S, w.O);
+        if (asked) told();
+      }
+      for (; r < s.R && s.upto[r] == n; told()) ask(), multiply(1, w.Q, w.ldd, w.S, w.lde, w.d, w.lde, w.O, w.lde);
+    }
+    transpose([&](int j) { return w.S + size_t(j) * w.lde; }, w.d, w.e, t.final + head * w.e * w.d, w.d);
+  }
+
   void forward() {
+    if (!t.saved && s.T <= C) return stream();
     transpose([&](int e) { return t.state + (head * w.e + e) * w.d; }, w.e, w.d, w.S, w.lde);
     for (int64_t chunk = 0; chunk < s.chunks; chunk++) {
       if (t.saved) std::memcpy(t.saved + (head * s.chunks + chunk) * w.d * w.lde, w.S, size_t(w.d) * w.lde * sizeof(float));

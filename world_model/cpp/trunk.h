@@ -91,35 +91,6 @@ void attend(int rows, int per, const float* q, int ldq, int d, const float* keys
     }
 }
 
-// One key onto a memory [d,e] in panels, and a question to what it then holds: delta.py's recurrence, of one head.
-// value [ldv] comes back as what was written; told [ldv] answers `q` where there is one.
-inline void delta_step(int d, int ldv, const float* k, const float* q, float* value, float alpha, float beta, float* state,
-                       float* told) {
-  const float both = q ? dot(k, q, d) : 0.0f;
-  for (int e = 0; e < ldv; e += PANEL) {
-    vec a0 = {}, a1 = {}, b0 = {}, b1 = {}, c0 = {}, c1 = {}, d0 = {}, d1 = {};  // two sums each: none waits for another
-    const float* s = state + size_t(e) * d;
-    int j = 0;
-    for (; j + 2 <= d; j += 2, s += 2 * PANEL) {
-      const vec x0 = load(s), x1 = load(s + V), y0 = load(s + PANEL), y1 = load(s + PANEL + V);
-      a0 += k[j] * x0, a1 += k[j] * x1, c0 += k[j + 1] * y0, c1 += k[j + 1] * y1;
-      if (q) b0 += q[j] * x0, b1 += q[j] * x1, d0 += q[j + 1] * y0, d1 += q[j + 1] * y1;
-    }
-    for (; j < d; j++, s += PANEL) {
-      a0 += k[j] * load(s), a1 += k[j] * load(s + V);
-      if (q) b0 += q[j] * load(s), b1 += q[j] * load(s + V);
-    }
-    const vec w0 = (load(value + e) - alpha * (a0 + c0)) * beta, w1 = (load(value + e + V) - alpha * (a1 + c1)) * beta;
-    store(value + e, w0), store(value + e + V, w1);
-    if (q) store(told + e, alpha * (b0 + d0) + both * w0), store(told + e + V, alpha * (b1 + d1) + both * w1);
-    float* u = state + size_t(e) * d;
-    for (j = 0; j < d; j++, u += PANEL) {
-      store(u, alpha * load(u) + k[j] * w0);
-      store(u + V, alpha * load(u + V) + k[j] * w1);
-    }
-  }
-}
-
 struct Pass {
   int dreams, frames;
   int64_t first;  // of the dreams, in the call
@@ -187,8 +158,7 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
           if (ask_a) for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * ldq_a, d);
           const float* old = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * d * d;  // [e,d]
           if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
-          for (int e = 0; e < d; e += PANEL)
-            transpose([=](int r) { return old + size_t(e + r) * d; }, std::min(PANEL, d - e), d, state + size_t(e) * d, PANEL);
+          transpose([=](int e) { return old + size_t(e) * d; }, d, d, state, ldv);
           if (!p.noisy) {
             for (int n = 0; n < N; n++) {
               const int f = n / group, g = n % group;
@@ -201,9 +171,7 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
               if (ask) normalise(Norm{d}, 1e-2f, 1, told, ldv, q, ldv);
             }
             float* to = const_cast<float*>(memory_of(m, p.call->written, i, 0)) + (row * m.H + h) * d * d;
-            for (int e = 0; e < d; e += PANEL)
-              transpose([=](int r) { return state + size_t(e) * d + size_t(r) * PANEL; }, d, std::min(PANEL, d - e),
-                        to + size_t(e) * d, d);
+            transpose([=](int j) { return state + size_t(j) * ldv; }, d, d, to, d);
             continue;
           }
         }
@@ -233,7 +201,7 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
         const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
         auto ask = [&](int rows, int per, float* q, int ldq) {
           if (!G) return attend(rows, per, q, ldq, d, keys, values, count, dead, scale, bias, scores, tmp, q, ldq, false);
-          product(rows, q, ldq, state, d, d, nullptr, told, ldv);
+          multiply(rows, q, ldq, state, ldv, d, ldv, told, ldv);
           attend(rows, rows, q, ldq, d, keys, values, count, 0, scale, bias, scores, tmp, q, ldq, false);
           for (int r = 0; r < rows; r++) {
             normalise(Norm{d}, 1e-2f, 1, told + size_t(r) * ldv, ldv, told + size_t(r) * ldv, ldv);

@@ -309,6 +309,46 @@ inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
     for (int c = whole; c < columns; c++) t[size_t(c) * ldt + r] = row(r)[c];
 }
 
+// --- one key onto a memory S^T [d,ld], and a question to what it then holds: delta.py's recurrence, of one head
+
+template <int N>
+inline void delta_columns(int d, int ld, const float* k, const float* q, float both, float* value, float alpha, float beta,
+                          float* state, float* told) {
+  vec a[2][N] = {}, b[2][N] = {};  // two sums each: none waits for another
+  const float* s = state;
+  int j = 0;
+  for (; j + 2 <= d; j += 2)
+    for (int u = 0; u < 2; u++, s += ld)
+      for (int n = 0; n < N; n++) {
+        const vec x = load(s + n * V);
+        a[u][n] += k[j + u] * x;
+        if (q) b[u][n] += q[j + u] * x;
+      }
+  if (j < d)
+    for (int n = 0; n < N; n++) {
+      const vec x = load(s + n * V);
+      a[0][n] += k[j] * x;
+      if (q) b[0][n] += q[j] * x;
+    }
+  vec w[N];
+  for (int n = 0; n < N; n++) {
+    w[n] = (load(value + n * V) - alpha * (a[0][n] + a[1][n])) * beta;
+    store(value + n * V, w[n]);
+    if (q) store(told + n * V, alpha * (b[0][n] + b[1][n]) + both * w[n]);
+  }
+  for (j = 0; j < d; j++, state += ld)
+    for (int n = 0; n < N; n++) store(state + n * V, alpha * load(state + n * V) + k[j] * w[n]);
+}
+
+// value [ld] comes back as what was written; told [ld] answers `q` where there is one.
+inline void delta_step(int d, int ld, const float* k, const float* q, float* value, float alpha, float beta, float* state,
+                       float* told) {
+  const float both = q ? dot(k, q, d) : 0.0f;
+  int e = 0;
+  for (; e + PANEL <= ld; e += PANEL) delta_columns<2>(d, ld, k, q, both, value + e, alpha, beta, state + e, told + e);
+  if (e < ld) delta_columns<1>(d, ld, k, q, both, value + e, alpha, beta, state + e, told + e);
+}
+
 // --- working memory
 
 struct Arena {
