@@ -59,18 +59,8 @@ struct Heads {
     multiply(R, q, ldd, kt, ldn, d, ldn, scores, ldn);
     for (int r = 0; r < R; r++) {
       float *x = scores + size_t(r) * ldn, *b = bias + size_t(r) * ldn;
-      vec top = all(-std::numeric_limits<float>::infinity()), total = {};
-      for (int j = 0; j < ldn; j += V) {
-        const vec a = load(x + j) + load(b + j);
-        store(x + j, a), top = most(top, a);
-      }
-      const float peak = highest(top);
-      for (int j = 0; j < ldn; j += V) {
-        const vec e = exponential(load(x + j) - peak);
-        store(x + j, e), total += e;
-      }
-      const float by = 1.0f / sum(total);
-      for (int j = 0; j < ldn; j += V) store(x + j, load(x + j) * by);
+      for (int j = 0; j < ldn; j += V) store(x + j, load(x + j) + load(b + j));
+      softmax(x, ldn);
     }
   }
 

@@ -69,19 +69,9 @@ void attend(int rows, int per, const float* q, int ldq, int d, const float* keys
   for (int r = 0; r < rows; r++) {
     float* s = scores + size_t(r) * ldk;
     const float* b = bias + size_t(r / per) * ldk;
-    vec top = all(NEVER);
     for (int j = 0; j < ldk; j += V) store(s + j, load(s + j) * scale + load(b + j));
     for (int j = 0; j < dead; j++) s[j] = NEVER;
-    for (int j = 0; j < ldk; j += V) top = most(top, load(s + j));
-    const float peak = highest(top);
-    vec total = {};
-    for (int j = 0; j < ldk; j += V) {
-      vec e = exponential(load(s + j) - peak);
-      total += e;
-      store(s + j, e);
-    }
-    const float by = 1.0f / sum(total);
-    for (int j = 0; j < ldk; j += V) store(s + j, load(s + j) * by);
+    softmax(s, ldk);
   }
   product(rows, scores, ldk, values, count, d, nullptr, tmp, ldv);
   for (int r = 0; r < rows; r++)

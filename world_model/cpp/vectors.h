@@ -271,6 +271,19 @@ void normalise(const Norm& norm, float eps, int rows, const float* x, int ldx, f
   }
 }
 
+// x [n], whole vectors, := softmax(x); at least one number isn't -inf
+inline void softmax(float* x, int n) {
+  vec top = load(x), total = {};
+  for (int j = V; j < n; j += V) top = most(top, load(x + j));
+  const float peak = highest(top);
+  for (int j = 0; j < n; j += V) {
+    const vec e = exponential(load(x + j) - peak);
+    store(x + j, e), total += e;
+  }
+  const float by = 1.0f / sum(total);
+  for (int j = 0; j < n; j += V) store(x + j, load(x + j) * by);
+}
+
 // --- transposes: t [columns][ldt] of the rows [columns] at row(0), row(1), ...
 
 #if defined(__AVX512F__)
