@@ -12,27 +12,31 @@ Queries are apart from keys: query r reads the memory as it stands after the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from world_model.delta_cpu import delta_cpu
-from world_model.native import available
+from world_model.native import available, wanted
 
 
 def delta(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The fastest form there is for these tensors -> (o [B,H,R,e], final state [B,H,e,d])."""
-    total = k.shape[2]
-    fits = (
-        q.device.type == "cpu"
-        and total > 0
-        and all(t.dtype == torch.float32 for t in (q, k, v, log_alpha, beta, state))
-    )
-    if fits and (library := available("delta")):
-        return delta_cpu(library, q, k, v, log_alpha, beta, state, range(1, total + 1) if at is None else at)
-    return delta_chunked(q, k, v, log_alpha, beta, state, at)
+    tensors, total = (q, k, v, log_alpha, beta, state), k.shape[2]
+    reads = range(1, total + 1) if at is None else at
+    if total and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
+        if library := available("delta"):
+            return delta_cpu(library, *tensors, reads)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and not recorded
+    if fits and wanted() != "torch" and find_spec("triton"):
+        from world_model.delta_triton import delta_triton
+
+        return delta_triton(*tensors, reads)
+    return delta_chunked(*tensors, at)
 
 
 def delta_recurrent(

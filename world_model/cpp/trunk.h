@@ -63,7 +63,7 @@ void to_unit(float* x, int n) {
 // Softmax attention of one dream's head: queries [rows,d] with stride -> out [rows,d] over keys^T and values in panels.
 // `bias` [frames,ldk] is added to the scores of the queries of each frame (`per` of them); the first `dead` are unseen.
 void attend(int rows, int per, const float* q, int ldq, int d, const float* keys, const float* values, int count,
-            int dead, float scale, const float* bias, float* scores, float* tmp, float* out, int ldo, bool add) {
+            int dead, float scale, const float* bias, float* scores, float* tmp, float* out, int ldo) {
   const int ldk = panels(count) * PANEL, ldv = panels(d) * PANEL;
   product(rows, q, ldq, keys, d, count, nullptr, scores, ldk);
   for (int r = 0; r < rows; r++) {
@@ -74,11 +74,7 @@ void attend(int rows, int per, const float* q, int ldq, int d, const float* keys
     softmax(s, ldk);
   }
   product(rows, scores, ldk, values, count, d, nullptr, tmp, ldv);
-  for (int r = 0; r < rows; r++)
-    for (int j = 0; j < d; j++) {
-      float& o = out[size_t(r) * ldo + j];
-      o = add ? o + tmp[size_t(r) * ldv + j] : tmp[size_t(r) * ldv + j];
-    }
+  for (int r = 0; r < rows; r++) copy(out + size_t(r) * ldo, tmp + size_t(r) * ldv, d);
 }
 
 struct Pass {
@@ -190,9 +186,9 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
         const float* bias = G ? nothing.data() : (p.noisy ? l.noisy : l.clean)[F].data() + size_t(h) * F * ldk;
         const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
         auto ask = [&](int rows, int per, float* q, int ldq) {
-          if (!G) return attend(rows, per, q, ldq, d, keys, values, count, dead, scale, bias, scores, tmp, q, ldq, false);
+          if (!G) return attend(rows, per, q, ldq, d, keys, values, count, dead, scale, bias, scores, tmp, q, ldq);
           multiply(rows, q, ldq, state, ldv, d, ldv, told, ldv);
-          attend(rows, rows, q, ldq, d, keys, values, count, 0, scale, bias, scores, tmp, q, ldq, false);
+          attend(rows, rows, q, ldq, d, keys, values, count, 0, scale, bias, scores, tmp, q, ldq);
           for (int r = 0; r < rows; r++) {
             normalise(Norm{d}, 1e-2f, 1, told + size_t(r) * ldv, ldv, told + size_t(r) * ldv, ldv);
             for (int j = 0; j < d; j++) q[size_t(r) * ldq + j] += told[size_t(r) * ldv + j];
