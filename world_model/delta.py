@@ -27,9 +27,9 @@ def delta(
     """The fastest form there is for these tensors -> (o [B,H,R,e], final state [B,H,e,d])."""
     tensors, total = (q, k, v, log_alpha, beta, state), k.shape[2]
     reads = range(1, total + 1) if at is None else at
-    if total and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
-        if library := available("delta"):
-            return delta_cpu(library, *tensors, reads)
+    single = total > 0 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    if single and (library := available("delta")):
+        return delta_cpu(library, *tensors, reads)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and not recorded
     if fits and wanted() != "torch" and find_spec("triton"):
