@@ -6,10 +6,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,14 +42,16 @@ def wanted() -> str:
 def library(name: str) -> ctypes.CDLL:
     """The compiled ``world_model/cpp/<name>.cpp``. Raises NotHere where that can't be had."""
     source = FOLDER / f"{name}.cpp"
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None and not os.environ.get("CXX"):
         raise NotHere("there is no C++ compiler (Debian and Ubuntu: apt-get install g++)")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
-    key = hashlib.sha256("\0".join([*texts, source.name, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, source.name, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     built = _cache() / f"{name}-{key}.so"
-    if not built.exists():
-        _compile(compiler, source, built)
+    if built.exists():
+        with suppress(OSError):  # damaged: it is built anew
+            return ctypes.CDLL(str(built))
+    _compile(compiler, source, built)
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
@@ -86,14 +90,14 @@ def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
     return available(name)
 
 
-def _compile(compiler: str, source: Path, built: Path) -> None:
+def _compile(compiler: list[str], source: Path, built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # several processes may build at once
             part = Path(folder) / built.name
-            done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(part)], capture_output=True, text=True)
+            done = subprocess.run([*compiler, *FLAGS, str(source), "-o", str(part)], capture_output=True, text=True)
             if done.returncode:
-                raise NotHere(f"{compiler} can't compile {source.name}: {done.stderr.strip()[-500:]}")
+                raise NotHere(f"{' '.join(compiler)} can't compile {source.name}: {done.stderr.strip()[-500:]}")
             os.replace(part, built)
     except OSError as error:
         raise NotHere(f"{source.name} can't be compiled ({error})") from error
