@@ -110,6 +110,11 @@ def test_the_sizes_that_ship(pattern: str) -> None:
     assert_as(tiny_model(pattern, obs_dim=17, action_dim=6, **sizes), 30, 20, [4, 1, 3])
 
 
+@pytest.mark.parametrize("sizes", [dict(window=1), dict(window=2, chunk=6), dict(dilation=1, taps=1)])
+def test_chunks_longer_than_the_windows(sizes: dict[str, Any]) -> None:
+    assert_as(tiny_model("SDGS", seed=1, **sizes), 25, 4, [4, 3])
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of other processors")
 @pytest.mark.parametrize("without", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma")])
 def test_other_processors(without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +186,60 @@ def test_what_is_wrong_is_said_as_ever() -> None:
         model.imagine(model.initial(2), torch.zeros(2, 1, 2))
 
 
+def test_states_of_another_form_are_torchs_business() -> None:
+    model = tiny_model("SG")
+    state, _ = dream(model, 2, 2, [])
+    actions = evidence(model, 2, 1)[1]
+    others = [
+        dream(tiny_model("SG", head_dim=8), 2, 2, [])[0],
+        dream(tiny_model("SG", window=5), 2, 2, [])[0],
+        state.replace(obs=state["obs"].double()),
+        state.replace(age=state["age"].int()),
+        state.replace(extra=torch.ones(2)),
+        LatentState({name: t for name, t in state.tensors.items() if name != "seed"}),
+    ]
+    for other in others:
+        assert fused(model, other) is None
+    with pytest.raises(RuntimeError):
+        model.imagine(others[0], actions)
+    before = state.replace(age=torch.tensor([-(2**28), 5]))  # no memory at all, whoever computes
+    with pytest.MonkeyPatch.context() as patch:
+        ours = dreamt(model.imagine(before, actions)[1])
+        patch.setenv("KAIROS_KERNELS", "torch")
+        torch.testing.assert_close(ours, dreamt(model.imagine(before, actions)[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_callers_defaults_change_nothing() -> None:
+    model = tiny_model("SG")
+    state, _ = dream(model, 2, 2, [])
+    actions = evidence(model, 2, 3)[1]
+    want = dreamt(model.imagine(state, actions, sampled=True, flow_steps=7)[1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = dreamt(model.imagine(state, actions, sampled=True, flow_steps=5)[1])
+        again = dreamt(model.imagine(state, actions, sampled=True, flow_steps=7)[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32 and torch.equal(want, again)
+    torch.testing.assert_close(got, dreamt(model.imagine(state, actions, sampled=True, flow_steps=5)[1]))
+
+
+def test_a_model_in_training_is_dreamt_by_torch() -> None:
+    """An optimiser may write weights without a count of it."""
+    model = tiny_model("SG")
+    state, _ = dream(model, 2, 2, [])
+    actions = evidence(model, 2, 1)[1]
+    assert fused(model, state) is not None
+    assert model.draft is not None
+    model.draft.requires_grad_(True)  # a part is enough
+    assert fused(model, state) is None
+    assert dreamt(model.imagine(state, actions)[1]).requires_grad
+    model.draft.requires_grad_(False)
+    assert fused(model, state) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(model, state) is None
+
+
 def test_weights_that_change_are_seen() -> None:
     model = tiny_model("SG")
     state, _ = dream(model, 2, 2, [])
@@ -196,7 +255,12 @@ def test_weights_that_change_are_seen() -> None:
     weights = {name: t + 0.1 if name == "draft.leave.bias" else t for name, t in model.state_dict().items()}
     model.load_state_dict(weights)
     assert not torch.allclose(second, dreamed())
-    model.double()
+    third = dreamed()
+    model.draft.leave.bias.data = model.draft.leave.bias.data + 0.1  # type: ignore[union-attr]
+    assert not torch.allclose(third, dreamed())
+    model.load_state_dict({name: t + 0.05 for name, t in model.state_dict().items()}, assign=True)
+    torch.testing.assert_close(dreamed(), dreamt(copy.deepcopy(model).imagine(state, actions)[1]))
+    model.requires_grad_(False).double()
     assert fused(model, state) is None
     model.float()
     model.scaling.obs_mean += 1.0

@@ -117,6 +117,28 @@ def test_layers_take_any_leading_shape_and_slices() -> None:
         norm.float(), layer.float()
 
 
+def test_what_compiled_code_does_not_take_goes_through_torch() -> None:
+    torch.manual_seed(0)
+    norm, layer = made(6, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    assert_as(lambda x: norm_linear(x, norm, layer), nn.ModuleList([norm, layer]), [torch.randn(7, 6)])
+    layer.float(), norm.float()
+    norm.eps = 1.0
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(norm_linear(x, norm, layer), layer(norm(x)))
+    with pytest.raises(RuntimeError, match="shape"):
+        chain(torch.randn(7, 5), [Layer("plain", layer)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chain(x, [Layer("plain", layer)]).dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_refused() -> None:
+    _, layer = made(3, 2)
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivatives: set KAIROS_KERNELS=torch"):
+        torch.autograd.grad(chain(x, [Layer("silu", layer)]).sum(), x, create_graph=True)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from world_model.native import once
 
 
 class _Call(ctypes.Structure):
@@ -51,11 +52,11 @@ class _Attend(torch.autograd.Function):
         return out[0], out[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
+        once()
         world, action, bias = ctx.saved_tensors
         gains = tuple(x.contiguous() for x in gains)
-        grads = [torch.empty(x.shape) for x in (world, action, bias)]
+        grads = [x.new_empty(x.shape) for x in (world, action, bias)]
         call = _call(world, action, bias, ctx.skip)
         call.dout_world, call.dout_action = (x.data_ptr() for x in gains)
         call.dworld, call.daction, call.dbias = (x.data_ptr() for x in grads)

@@ -28,6 +28,7 @@ def delta(
     tensors, total = (q, k, v, log_alpha, beta, state), k.shape[2]
     reads = range(1, total + 1) if at is None else at
     single = total > 0 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    single = single and _fits(*tensors) and len(reads) == q.shape[2] and all(0 <= n <= total for n in reads)
     if single and (library := available("delta")):
         return delta_cpu(library, *tensors, reads)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -37,6 +38,13 @@ def delta(
 
         return delta_triton(*tensors, reads)
     return delta_chunked(*tensors, at)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor) -> bool:
+    """Whether shapes are what they should be: compiled code broadcasts nothing, and looks at none."""
+    (batch, heads, total, d), e = k.shape, v.shape[-1]
+    same = q.shape[:2] == (batch, heads) and q.shape[3] == d and v.shape[:3] == (batch, heads, total)
+    return same and log_alpha.shape == beta.shape == (batch, heads, total) and state.shape == (batch, heads, e, d)
 
 
 def delta_recurrent(

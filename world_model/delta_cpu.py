@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from world_model.native import once
 
 _CHUNK = 16  # as in delta.cpp
 
@@ -73,12 +74,12 @@ class _Delta(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        once()
         q, k, v, log_alpha, beta, state, out, saved = ctx.saved_tensors
         shape = _shape(q, k, v, ctx.at)
         dout, dfinal = (None if x is None else x.contiguous() for x in (dout, dfinal))
-        grads = [torch.empty(x.shape) for x in (q, k, v, log_alpha, beta, state)]
+        grads = [x.new_empty(x.shape) for x in (q, k, v, log_alpha, beta, state)]
         names = ("dq", "dk", "dv", "dlog_alpha", "dbeta", "dstate")
         tensors = _pointers(q=q, k=k, v=v, log_alpha=log_alpha, beta=beta, state=state, out=out, saved=saved)
         for name, t in (("dout", dout), ("dfinal", dfinal), *zip(names, grads, strict=True)):
@@ -153,11 +154,11 @@ class _Mixing(torch.autograd.Function):
         return mixed[0], mixed[1], final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
+        once()
         *given, out, saved, final = ctx.saved_tensors
         gains = tuple(x.contiguous() for x in gains)
-        grads = [torch.empty(x.shape) for x in given]
+        grads = [x.new_empty(x.shape) for x in given]
         call = _mix(given, ctx.sizes)
         call.out, call.saved, call.final = out.data_ptr(), saved.data_ptr(), final.data_ptr()
         call.dout_world, call.dout_action, call.dfinal = (x.data_ptr() for x in gains)

@@ -21,26 +21,31 @@ _SIZES = (
     *("obs_dim", "action_dim", "chunk", "tokens", "width", "action_width", "heads", "head_dim", "expand", "window"),
     *("dilation", "taps"),
 )
-_version = attrgetter("_version")
+_version, _wanted = attrgetter("_version"), attrgetter("requires_grad")
 _packed: WeakKeyDictionary[Any, Fused] = WeakKeyDictionary()
 
 
 def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     """The compiled form of a model's verbs; None where torch has to do it.
 
-    That is where somebody wants a gradient, on a GPU, in another precision, and where ``native.available`` says so.
+    That is where weights aren't frozen or somebody wants a gradient, on a GPU, in another precision, for a state that
+    isn't this model's, and where ``native.available`` says so. Weights that are written behind autograd's back, through
+    ``p.data`` or numpy, need a ``forget``.
     """
-    if model.error.device.type != "cpu" or model.error.dtype != torch.float32:
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (model.tokens.place, *state.tensors.values(), *inputs)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*state.tensors.values(), *inputs)):
         return None
     library = available("dream")
     if library is None:
         return None
     form = _packed.get(model)
-    if form is None or form.stale:
+    if form is None or form.stale(model):
+        weights = [*_tensors(model), model.terminates]
+        if any(t.requires_grad or t.is_inference() for t in weights):
+            return None  # an optimiser may write them, or anybody, without a count of it
+        if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in weights[:-1]):
+            return None
         form = _packed[model] = Fused(model, library)
-    return form
+    return form if form.takes(state) else None
 
 
 def forget(model: Any) -> None:
@@ -50,7 +55,7 @@ def forget(model: Any) -> None:
 
 @lru_cache
 def _grid(flow_steps: int, c: float) -> Tensor:
-    return shift(torch.linspace(1, 0, flow_steps + 1), c)
+    return shift(torch.linspace(1, 0, flow_steps + 1, dtype=torch.float32, device="cpu"), c)
 
 
 class _Call(ctypes.Structure):
@@ -76,9 +81,10 @@ class Fused:
     def __init__(self, model: Any, library: ctypes.CDLL):
         self.config, self._lib = model.config, library
         weights = _tensors(model)
-        # In inference mode nobody counts how often a tensor was written.
-        self._counted = [t for t in [*weights, model.terminates] if not t.is_inference()]
-        self._versions = self._count()
+        self._weights = [*weights, model.terminates]
+        self._known, self._place = self._signs(), model.tokens.place
+        first = model.initial(1).tensors
+        self._shapes = {name: (t.shape[1:], t.dtype) for name, t in first.items()}
         config, flat = self.config, [t.detach().contiguous() for t in weights]
         sizes = [getattr(config, name) for name in _SIZES]
         sizes += [len(config.pattern), int(config.draft), config.draft_frames, config.draft_width, config.draft_blocks]
@@ -98,13 +104,21 @@ class Fused:
         ]
         self._Pointers = ctypes.c_void_p * len(self._layers)
 
-    def _count(self) -> list[int]:
-        return list(map(_version, self._counted))
+    def _signs(self) -> tuple[list[int], list[int], bool]:
+        own = self._weights
+        return list(map(_version, own)), list(map(Tensor.data_ptr, own)), any(map(_wanted, own))
 
-    @property
-    def stale(self) -> bool:
-        """Whether a weight was written since."""
-        return self._versions != self._count()
+    def stale(self, model: Any) -> bool:
+        """Whether a weight was written, exchanged or thawed since."""
+        return model.tokens.place is not self._place or self._signs() != self._known
+
+    def takes(self, state: LatentState) -> bool:
+        """Whether the state is one of this model's: compiled code looks at no shape."""
+        have = state.tensors
+        return have.keys() == self._shapes.keys() and all(
+            have[name].dtype == dtype and have[name].shape[1:] == shape and have[name].device.type == "cpu"
+            for name, (shape, dtype) in self._shapes.items()
+        )
 
     def __del__(self) -> None:
         if handle := getattr(self, "_handle", None):
@@ -115,12 +129,12 @@ class Fused:
     ) -> tuple[LatentState, Imagined] | None:
         """As ``WorldModel.imagine``, or None where the actions or the state are not as they must be."""
         batch, k, _ = actions.shape
-        obs = torch.empty(batch, k, self.config.obs_dim)
-        reward, terminated = torch.empty(batch, k), torch.empty(batch, k, dtype=torch.bool)
+        obs = actions.new_empty(batch, k, self.config.obs_dim)
+        reward, terminated = actions.new_empty(batch, k), actions.new_empty(batch, k, dtype=torch.bool)
         grid = _grid(flow_steps, shift_factor(k, self.config.tokens))
         noise = None
         if sampled:
-            step = state["age"][:, None] + torch.arange(k)
+            step = state["age"][:, None] + torch.arange(k, device="cpu")
             noise = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim)
         call, after, _kept = self._call(state, actions, k)
         call.steps, call.grid = flow_steps, grid.data_ptr()

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from world_model.native import compiled
+from world_model.native import compiled, once
 
 KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
@@ -30,7 +29,7 @@ class Layer(NamedTuple):
 
 def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """One after another: x [...,I] -> [...,O]."""
-    if library := compiled("dense", x, layers[0].linear.weight):
+    if _fits(x, layers) and (library := compiled("dense", x, *(w for w in _weights(layers) if w is not None))):
         return _apply(library, x, layers)
     before = x
     for layer in layers:
@@ -46,9 +45,25 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
 
 def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
     """base + the layer of [beside, silu(x)]: x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
-    if library := compiled("dense", x, linear.weight):
-        return _apply(library, x, [Layer("silu", linear)], beside, base)
+    rows, layers = x.shape[:-1], [Layer("silu", linear)]
+    fits = base.shape == (*rows, linear.out_features) and beside.shape[:-1] == rows
+    fits = fits and x.shape[-1] + beside.shape[-1] == linear.in_features and linear.bias is not None
+    if fits and (library := compiled("dense", x, beside, base, linear.weight, linear.bias)):
+        return _apply(library, x, layers, beside, base)
     return base + linear(torch.cat([beside, F.silu(x)], -1))
+
+
+def _fits(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether sizes are as compiled code, which looks at none, will take them."""
+    size = x.shape[-1]
+    for layer in layers:
+        norm, linear = layer.norm, layer.linear
+        if linear.bias is None or size != (2 if layer.kind == "gated" else 1) * linear.in_features:
+            return False
+        if norm is not None and (norm.eps != 1e-5 or norm.bias is None or norm.normalized_shape != (size,)):
+            return False
+        size = linear.out_features
+    return True
 
 
 def _entered(x: Tensor, layer: Layer) -> Tensor:
@@ -88,7 +103,8 @@ def _apply(
     base: Tensor | None = None,
 ) -> Tensor:
     rows = [None if t is None else _rows(t) for t in (x, beside, base)]
-    y = _Dense.apply(*rows, _plan(layers), library, *_weights(layers))
+    weights = [None if w is None else w.contiguous() for w in _weights(layers)]
+    y = _Dense.apply(*rows, _plan(layers), library, *weights)
     return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
 
 
@@ -101,7 +117,7 @@ def _weights(layers: Sequence[Layer]) -> list[Tensor | None]:
     for layer in layers:
         weights += [None, None] if layer.norm is None else [layer.norm.weight, layer.norm.bias]
         weights += [layer.linear.weight, layer.linear.bias]
-    return weights
+    return weights  # contiguous, but where somebody made them otherwise: then ``_apply`` copies
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -176,15 +192,15 @@ class _Dense(torch.autograd.Function):
         return xs[-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        once()
         plan = ctx.plan
         beside, *tensors = ctx.saved_tensors
         xs, weights = tensors[: len(plan)], tensors[len(plan) :]
         calls = _calls(plan, xs, beside, weights)
         dys = [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs), dy.contiguous()]
-        grads = [None if w is None else torch.empty(w.shape) for w in weights]
-        dbeside = None if beside is None else torch.empty(beside.shape)
+        grads = [None if w is None else w.new_empty(w.shape) for w in weights]
+        dbeside = None if beside is None else beside.new_empty(beside.shape)
         asked = any(ctx.needs_input_grad[:2])
         for i, call in enumerate(calls):
             call.dy = dys[i + 1].data_ptr()

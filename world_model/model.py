@@ -170,6 +170,10 @@ class WorldModel(nn.Module):
         forget(self)
         return super()._apply(fn, recurse)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)
+        return super().load_state_dict(*args, **kwargs)
+
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 
     def guess(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> Guess:

@@ -93,8 +93,9 @@ class Block(nn.Module):
         """
         qkv_w, gate_w, hidden_w = self.world.split(world)
         qkv_a, gate_a, hidden_a = self.action.split(action)
-        if self.letter == "G" and layout.clean and (library := compiled("delta", world)):
-            state = (memory or self.empty(world.shape[0], world))["S"]
+        state = (memory or self.empty(world.shape[0], world))["S"] if self.letter == "G" else None
+        fits = state is not None and state.shape == (world.shape[0], self.heads, self.dim, self.dim)
+        if state is not None and fits and layout.clean and (library := compiled("delta", world, state)):
             at, skip = self._reads(layout)
             sizes = (layout.clean, layout.chunk, skip)
             mixed_w, mixed_a, state = mix(library, qkv_w, qkv_a, gate_w, gate_a, self.log_rate, state, at, sizes)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 FOLDER = Path(__file__).with_name("cpp")
@@ -32,7 +33,7 @@ def wanted() -> str:
 
     Raises ValueError for another word.
     """
-    choice = os.environ.get("KAIROS_KERNELS", "auto")
+    choice = os.environ.get("KAIROS_KERNELS") or "auto"
     if choice not in CHOICES:
         raise ValueError(f"KAIROS_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
     return choice
@@ -45,12 +46,15 @@ def library(name: str) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None and not os.environ.get("CXX"):
         raise NotHere("there is no C++ compiler (Debian and Ubuntu: apt-get install g++)")
-    texts = [path.read_text() for path in sorted(FOLDER.iterdir())]
+    texts = [path.read_text() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
     key = hashlib.sha256("\0".join([*texts, source.name, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    built = _cache() / f"{name}-{key}.so"
-    if built.exists():
-        with suppress(OSError):  # damaged: it is built anew
-            return ctypes.CDLL(str(built))
+    try:
+        built = _cache() / f"{name}-{key}.so"
+        if built.exists():
+            with suppress(OSError):  # damaged: it is built anew
+                return ctypes.CDLL(str(built))
+    except (OSError, RuntimeError) as error:
+        raise NotHere(f"there is no folder to keep it in ({error}): set XDG_CACHE_HOME to one") from error
     _compile(compiler, source, built)
     try:
         return ctypes.CDLL(str(built))
@@ -70,9 +74,16 @@ def _available(name: str) -> ctypes.CDLL | None:
 def available(name: str) -> ctypes.CDLL | None:
     """The compiled ``name``; None where torch was asked for, or, said once, where it can't be had.
 
+    None too where torch does more than it is told: under autocast, forward-mode AD and torch.func's transforms.
+
     Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
     """
-    match wanted():
+    choice = wanted()
+    if torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    match choice:
         case "torch":
             return None
         case "native":
@@ -90,6 +101,12 @@ def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
     return available(name)
 
 
+def once() -> None:
+    """At the head of a backward pass that can't be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("compiled layers have no second derivatives: set KAIROS_KERNELS=torch to have them")
+
+
 def _compile(compiler: list[str], source: Path, built: Path) -> None:
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +115,8 @@ def _compile(compiler: list[str], source: Path, built: Path) -> None:
             done = subprocess.run([*compiler, *FLAGS, str(source), "-o", str(part)], capture_output=True, text=True)
             if done.returncode:
                 raise NotHere(f"{' '.join(compiler)} can't compile {source.name}: {done.stderr.strip()[-500:]}")
+            with part.open("rb") as file:
+                os.fsync(file)  # all of it, before it has its name
             os.replace(part, built)
     except OSError as error:
         raise NotHere(f"{source.name} can't be compiled ({error})") from error

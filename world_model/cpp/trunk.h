@@ -50,7 +50,7 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
         float* g = t.gates + size_t(r) * t.ld_gates + j;
         const vec x = load(g), rate = load(l.rate.data() + j), e = exponential(x);
         const vec alpha = exponential(-rate * (x > 15.0f ? x : logarithm(1.0f + e)));
-        store(g, rate > 0.0f ? alpha : x > 15.0f ? all(1.0f) : e / (1.0f + e));
+        store(g, rate >= 0.0f ? alpha : x > 15.0f ? all(1.0f) : e / (1.0f + e));
       }
   }
 }
@@ -182,7 +182,7 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
           for (int j = 0; j < past; j++, to += PANEL) copy(to, old_v + size_t(j) * d + from, here);
           for (int n = 0; n < N; n++, to += PANEL) copy(to, key[n] + inner + h * d + from, here);
         }
-        const int dead = G ? 0 : int(std::max<int64_t>(0, l.past - p.call->age[row])) * group;
+        const int dead = G ? 0 : int(std::clamp<int64_t>(l.past - p.call->age[row], 0, l.past)) * group;
         const float* bias = G ? nothing.data() : (p.noisy ? l.noisy : l.clean)[F].data() + size_t(h) * F * ldk;
         const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
         auto ask = [&](int rows, int per, float* q, int ldq) {

@@ -16,7 +16,7 @@ struct Layer {
   bool last;
   int past, stride;
   Stream world, action;
-  std::vector<float> rate;                       // G: exp(log_rate) [H], then zeros for whole vectors
+  std::vector<float> rate;                       // G: exp(log_rate) [H], then -1
   std::vector<std::vector<float>> noisy, clean;  // S, D: what a query adds to its scores, by frames: [H,F,keys]
 };
 
@@ -90,7 +90,7 @@ std::vector<float> biases(const Model& m, const Layer& l, const float* offsets, 
         const bool remembered = time < limit && offset <= reach && offset % l.stride == 0;
         const bool together = time >= 0 && (noisy || time == i);
         if (remembered || together)
-          table[(size_t(h) * frames + i) * ld + j] = offsets[size_t(h) * (reach + m.K) + offset + ahead];
+          table[(size_t(h) * frames + i) * ld + j] = offsets[size_t(h) * (reach + m.K) + std::clamp(offset + ahead, 0, reach + ahead)];
       }
   return table;
 }
@@ -116,7 +116,7 @@ Model* unpacked(const int32_t* sizes, const char* pattern, const float* const* t
     l.action = read_stream(x, r, x.Da, l.last ? 0 : x.expand * x.Da, G, !l.last);
     const float* own = r.next();
     if (G) {
-      l.rate.assign(pad(2 * x.H), 0.0f);
+      l.rate.assign(pad(2 * x.H), -1.0f);
       for (int h = 0; h < x.H; h++) l.rate[h] = std::exp(own[h]);
     } else {
       l.noisy.resize(x.K + 1), l.clean.resize(x.K + 1);
