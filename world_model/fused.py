@@ -41,6 +41,7 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     if form is None or form.stale(model):
         weights = [*_tensors(model), model.terminates]
         if any(t.requires_grad or t.is_inference() for t in weights):
+            forget(model)
             return None  # an optimiser may write them, or anybody, without a count of it
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in weights[:-1]):
             return None
@@ -85,6 +86,7 @@ class Fused:
         self._known, self._place = self._signs(), model.tokens.place
         first = model.initial(1).tensors
         self._shapes = {name: (t.shape[1:], t.dtype) for name, t in first.items()}
+        self._batch, self._sizes = -1, dict[str, torch.Size]()
         config, flat = self.config, [t.detach().contiguous() for t in weights]
         sizes = [getattr(config, name) for name in _SIZES]
         sizes += [len(config.pattern), int(config.draft), config.draft_frames, config.draft_width, config.draft_blocks]
@@ -115,9 +117,12 @@ class Fused:
     def takes(self, state: LatentState) -> bool:
         """Whether the state is one of this model's: compiled code looks at no shape."""
         have = state.tensors
-        return have.keys() == self._shapes.keys() and all(
-            have[name].dtype == dtype and have[name].shape[1:] == shape and have[name].device.type == "cpu"
-            for name, (shape, dtype) in self._shapes.items()
+        if state.batch != self._batch:
+            self._batch = state.batch
+            self._sizes = {name: torch.Size((state.batch, *shape)) for name, (shape, _) in self._shapes.items()}
+        return len(have) == len(self._shapes) and all(
+            name in have and have[name].shape == self._sizes[name] and have[name].dtype is dtype and have[name].is_cpu
+            for name, (_, dtype) in self._shapes.items()
         )
 
     def __del__(self) -> None:

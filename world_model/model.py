@@ -170,6 +170,10 @@ class WorldModel(nn.Module):
         forget(self)
         return super()._apply(fn, recurse)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        forget(self)
+        return super().requires_grad_(requires_grad)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         forget(self)
         return super().load_state_dict(*args, **kwargs)
