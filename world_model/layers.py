@@ -138,15 +138,9 @@ class Standing:
         weights = _weights(layers)
         plan = _plan(layers)
         self._calls = _calls(plan, self._xs, None, weights)
-        for i, call in enumerate(self._calls):
-            call.y, call.dy = self._xs[i + 1].data_ptr(), self._dys[i + 1].data_ptr()
-            call.dx = self._dys[i].data_ptr() if i else None
-            for name, weight in zip(("dgain", "dshift", "dweight", "dbias"), weights[4 * i : 4 * i + 4], strict=True):
-                if weight is not None:
-                    assert weight.grad is not None and weight.grad.is_contiguous()
-                    setattr(call, name, weight.grad.data_ptr())
-            if plan[i][1]:
-                call.base, self._calls[i - 1].also = self._xs[i - 1].data_ptr(), self._dys[i + 1].data_ptr()
+        grads = [None if w is None else w.grad for w in weights]
+        assert all(w is None or (g is not None and g.is_contiguous()) for w, g in zip(weights, grads, strict=True))
+        _add_back(self._calls, plan, self._dys, grads, asked=False)
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
         """x [rows,I], in parts side by side -> [rows,O], a leaf of a graph of its own."""
@@ -180,12 +174,8 @@ class _Dense(torch.autograd.Function):
             assert out is not None
             xs.append(x.new_empty(len(x), len(out)))
         calls = _calls(plan, xs, beside, weights)
-        for i, call in enumerate(calls):
-            call.y = xs[i + 1].data_ptr()
-            if plan[i][1]:
-                call.base = xs[i - 1].data_ptr()
-            elif i == 0 and base is not None:
-                call.base = base.data_ptr()
+        if base is not None:
+            calls[0].base = base.data_ptr()
         library.dense_forward(calls, len(calls))
         ctx.save_for_backward(beside, *xs[:-1], *weights)
         ctx.plan, ctx.library, ctx.based = plan, library, base is not None
@@ -202,15 +192,7 @@ class _Dense(torch.autograd.Function):
         grads = [None if w is None else w.new_empty(w.shape) for w in weights]
         dbeside = None if beside is None else beside.new_empty(beside.shape)
         asked = any(ctx.needs_input_grad[:2])
-        for i, call in enumerate(calls):
-            call.dy = dys[i + 1].data_ptr()
-            if i or asked:
-                call.dx = dys[i].data_ptr()
-            for name, grad in zip(("dgain", "dshift", "dweight", "dbias"), grads[4 * i : 4 * i + 4], strict=True):
-                if grad is not None:
-                    setattr(call, name, grad.data_ptr())
-            if plan[i][1]:
-                calls[i - 1].also = dys[i + 1].data_ptr()
+        _add_back(calls, plan, dys, grads, asked)
         if dbeside is not None:
             calls[0].dbeside = dbeside.data_ptr()
         ctx.library.dense_backward(calls, len(calls))
@@ -220,8 +202,13 @@ class _Dense(torch.autograd.Function):
 def _calls(
     plan: tuple[tuple[int, bool], ...], xs: Sequence[Tensor], beside: Tensor | None, weights: Sequence[Tensor | None]
 ) -> Any:
+    """What a pass forward needs; of a pass backward, which has no last y, the part that is the same."""
     calls = (_Call * len(plan))()
     for i, call in enumerate(calls):
+        if i + 1 < len(xs):
+            call.y = xs[i + 1].data_ptr()
+        if plan[i][1]:
+            call.base = xs[i - 1].data_ptr()
         gain, shift, weight, bias = weights[4 * i : 4 * i + 4]
         assert weight is not None and bias is not None
         x = xs[i]
@@ -233,3 +220,18 @@ def _calls(
     if beside is not None:
         calls[0].ldp, calls[0].beside_in, calls[0].beside = beside.stride(0), beside.shape[1], beside.data_ptr()
     return calls
+
+
+def _add_back(
+    calls: Any, plan: tuple[tuple[int, bool], ...], dys: Sequence[Tensor], grads: Sequence[Tensor | None], asked: bool
+) -> None:
+    """What a pass backward needs beside. asked: whether anybody wants the gradient of the first x."""
+    for i, call in enumerate(calls):
+        call.dy = dys[i + 1].data_ptr()
+        if i or asked:
+            call.dx = dys[i].data_ptr()
+        for name, grad in zip(("dgain", "dshift", "dweight", "dbias"), grads[4 * i : 4 * i + 4], strict=True):
+            if grad is not None:
+                setattr(call, name, grad.data_ptr())
+        if plan[i][1]:
+            calls[i - 1].also = dys[i + 1].data_ptr()

@@ -105,8 +105,8 @@ class Block(nn.Module):
             new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
         else:
             q, k, v = self._tokens(qkv_w, qkv_a)
-            if self.letter == "G":
-                mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, memory)
+            if state is not None:
+                mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, state)
             else:
                 mixed, new = self._window(q, k, v, layout, memory, age)
             mixed_w, mixed_a = (
@@ -140,9 +140,8 @@ class Block(nn.Module):
         return -self.log_rate.exp()[:, None] * F.softplus(rate), torch.sigmoid(beta)
 
     def _delta(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, layout: Layout, memory: Memory | None
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, layout: Layout, state: Tensor
     ) -> tuple[Tensor, Memory]:
-        state = (memory or self.empty(q.shape[0], q))["S"]
         q, k = F.normalize(torch.stack([q, k]), dim=-1)
         cut = layout.clean * self.group
         log_alpha, beta = self._gates(gates[:, :cut])

@@ -33,11 +33,9 @@ struct Heads {
     if (back) dscores = take(square), dbias = take(square), dmixed = take(rows), dq = take(rows), dk = take(rows), dv = take(rows);
   }
 
-  // The row of token n of dream b in a pair of tensors with `width` columns, or with the inputs' strides
   template <class T>
   T* row(T* world, T* action, int64_t ldw, int64_t lda, int64_t b, int n) const {
-    const int64_t f = n / group, g = n % group;
-    return g < s.P ? world + ((b * s.F + f) * s.P + g) * ldw : action + (b * s.F + f) * lda;
+    return token(world, action, ldw, lda, s.F, s.P, b, n);
   }
 
   void begin(int64_t h) {

@@ -35,7 +35,7 @@ struct Tensors {
 };
 
 struct Work {  // of one head; every matrix row by row
-  int d, e, ldd, lde, ldr, most;
+  int d, e, ldd, lde, ldr;
   float *S, *dS, *St, *dSt;         // [d,e]; transposed [e,d]
   float *K, *Kt, *V, *U, *Ut, *X;   // [C,d], [d,C], [C,e], [C,e], [e,C], [C,e]
   float *D, *L, *Lb, *Q, *Qt, *P, *Pt, *O;  // [C+1,C], [C,C], L and beta, [R,d], [d,R], [R,C], [C,R], [R,e]
@@ -46,7 +46,7 @@ struct Work {  // of one head; every matrix row by row
 
 Work work(const Shape& s, int most, Arena& a) {
   Work w;
-  w.d = int(s.d), w.e = int(s.e), w.ldd = pad(w.d), w.lde = pad(w.e), w.ldr = pad(most), w.most = most;
+  w.d = int(s.d), w.e = int(s.e), w.ldd = pad(w.d), w.lde = pad(w.e), w.ldr = pad(most);
   auto take = [&](int rows, int ld) {
     float* p = a.take(size_t(rows) * ld);
     std::fill(p, p + size_t(rows) * ld, 0.0f);  // the padding must be finite: it is multiplied by zeros
@@ -303,10 +303,15 @@ struct Head {
   }
 };
 
-template <class Run>
-void heads(const Shape& s, const Tensors& t, int threads, Run run) {
+int most_reads(const Shape& s) {  // after any chunk
   int most = 0;
   for (int64_t chunk = 0; chunk < s.chunks; chunk++) most = std::max(most, s.first[chunk + 1] - s.first[chunk]);
+  return most;
+}
+
+template <class Run>
+void heads(const Shape& s, const Tensors& t, int threads, Run run) {
+  const int most = most_reads(s);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena a = room.open(work_room(s, most));
@@ -335,8 +340,8 @@ struct Mixer {
   const Mix& m;
   Shape s;
   Tensors t{};
-  int N, cut, own, group, inner, d;
-  float *q, *k, *v, *lq, *lk, *log_alpha, *beta, *soft, *dq, *dk, *dv, *dlog_alpha, *dbeta, *dout, *scores, *dscores, *line;
+  int N, cut, own, lds, group, inner, d;
+  float *q, *k, *v, *lq, *lk, *log_alpha, *beta, *dq, *dk, *dv, *dlog_alpha, *dbeta, *dout, *scores, *dscores, *line;
 
   Mixer(const Mix& m, const Shape& reads, Arena& a) : m(m), s(reads) {
     group = int(m.P) + 1, N = int(m.F) * group, cut = int(m.clean) * group, own = int(m.chunk) * group;
@@ -345,22 +350,21 @@ struct Mixer {
     for (int64_t* stride : {s.q, s.k, s.v}) stride[0] = stride[1] = 0, stride[2] = d;
     auto take = [&](size_t n) { return a.take(n); };
     q = take(size_t(N) * d), k = take(size_t(N) * d), v = take(size_t(N) * d), lq = take(N), lk = take(N);
-    log_alpha = take(cut), beta = take(cut), soft = take(cut), dq = take(size_t(N) * d), dk = take(size_t(N) * d);
+    log_alpha = take(cut), beta = take(cut), dq = take(size_t(N) * d), dk = take(size_t(N) * d);
     dv = take(size_t(N) * d), dlog_alpha = take(cut), dbeta = take(cut), dout = take(size_t(N) * d);
-    scores = take(size_t(own) * own), dscores = take(size_t(own) * own), line = take(d);
+    lds = pad(own), scores = take(size_t(own) * lds), dscores = take(size_t(own) * lds), line = take(d);
     t.q = q + m.skip * d, t.k = k, t.v = v, t.log_alpha = log_alpha, t.beta = beta;
     t.dq = dq + m.skip * d, t.dk = dk, t.dv = dv, t.dlog_alpha = dlog_alpha, t.dbeta = dbeta, t.dout = dout;
   }
 
   static size_t size(const Mix& m) {
     const size_t N = m.F * (m.P + 1), own = m.chunk * (m.P + 1);
-    return 8 * N * m.d + 8 * N + 2 * own * own + m.d + 32 * V;
+    return 8 * N * m.d + 8 * N + 2 * own * pad(int(own)) + m.d + 32 * V;
   }
 
   template <class T>
   T* row(T* world, T* action, int64_t ldw, int64_t lda, int64_t b, int n) const {
-    const int64_t f = n / group, g = n % group;
-    return g < m.P ? world + ((b * m.F + f) * m.P + g) * ldw : action + (b * m.F + f) * lda;
+    return token(world, action, ldw, lda, m.F, m.P, b, n);
   }
 
   // Unit queries and keys, values, and what the gates say
@@ -368,12 +372,11 @@ struct Mixer {
     const float rate = std::exp(m.log_rate[h]);
     for (int n = 0; n < N; n++) {
       const float* x = row(m.world, m.action, m.ldw, m.lda, b, n) + h * d;
-      lq[n] = unit(x, q + size_t(n) * d), lk[n] = unit(x + inner, k + size_t(n) * d);
+      lq[n] = to_unit(x, q + size_t(n) * d, d), lk[n] = to_unit(x + inner, k + size_t(n) * d, d);
       copy(v + size_t(n) * d, x + 2 * inner, d);
       if (n >= cut) continue;
       const float* g = row(m.gates_world, m.gates_action, m.ldgw, m.ldga, b, n);
-      soft[n] = g[h] > 20.0f ? g[h] : std::log1p(std::exp(g[h]));
-      log_alpha[n] = -rate * soft[n], beta[n] = 1.0f / (1.0f + std::exp(-g[m.H + h]));
+      log_alpha[n] = -rate * (g[h] > 20.0f ? g[h] : std::log1p(std::exp(g[h]))), beta[n] = 1.0f / (1.0f + std::exp(-g[m.H + h]));
     }
     const int64_t head = b * m.H + h;
     t.state = m.state + head * d * d, t.final = m.final + head * d * d, t.out = m.out + head * s.R * d;
@@ -381,21 +384,14 @@ struct Mixer {
     t.dfinal = m.dfinal ? m.dfinal + head * d * d : nullptr, t.dstate = m.dstate ? m.dstate + head * d * d : nullptr;
   }
 
-  float unit(const float* x, float* to) const {  // -> the length that it had
-    const float length = std::max(std::sqrt(dot(x, x, d)), 1e-12f);
-    for (int i = 0; i < d; i += V) store(to + i, load(x + i, d - i) * (1.0f / length), d - i);
-    return length;
-  }
-
   // What the tokens of the chunk at token `from` are to each other: softmax(sqrt(d) q k^T)
   void weigh(int from) {
     const float by = std::sqrt(float(d));
     for (int i = 0; i < own; i++) {
-      float *p = scores + size_t(i) * own, top = -std::numeric_limits<float>::infinity(), total = 0;
-      for (int j = 0; j < own; j++) p[j] = by * dot(q + size_t(from + i) * d, k + size_t(from + j) * d, d), top = std::max(top, p[j]);
-      for (int j = 0; j < own; j += V) store(p + j, exponential(load(p + j, own - j) - top), own - j);
-      for (int j = 0; j < own; j++) total += p[j];
-      for (int j = 0; j < own; j++) p[j] /= total;
+      float* p = scores + size_t(i) * lds;
+      for (int j = 0; j < own; j++) p[j] = by * dot(q + size_t(from + i) * d, k + size_t(from + j) * d, d);
+      std::fill(p + own, p + lds, -std::numeric_limits<float>::infinity());
+      softmax(p, lds);
     }
   }
 
@@ -414,7 +410,7 @@ struct Mixer {
       if (n >= cut && (n - cut) % own == 0) weigh(n);
       if (n >= cut) {
         const int first = cut + (n - cut) / own * own;
-        const float* p = scores + size_t(n - first) * own;
+        const float* p = scores + size_t(n - first) * lds;
         for (int j = 0; j < own; j++) gain(line, v + size_t(first + j) * d, p[j]);
       }
       copy(to, line, d);
@@ -429,13 +425,11 @@ struct Mixer {
     prepare(b, h);
     for (int n = int(m.skip); n < N; n++) {  // through the norm of what the memory told
       const float *dy = row(m.dout_world, m.dout_action, inner, inner, b, n) + h * d, *o = t.out + (n - m.skip) * d;
-      float *to = dout + (n - m.skip) * d, mean = 0, square = 0, along = 0, whole = 0;
+      float* to = dout + (n - m.skip) * d;
       const float root = std::sqrt(float(d));
-      for (int i = 0; i < d; i++) mean += o[i] * root / d;
-      for (int i = 0; i < d; i++) square += (o[i] * root - mean) * (o[i] * root - mean) / d;
-      const float scale = 1.0f / std::sqrt(square + 1e-2f);
-      for (int i = 0; i < d; i++) along += dy[i] * (o[i] * root - mean) * scale / d, whole += dy[i] / d;
-      for (int i = 0; i < d; i++) to[i] = root * scale * (dy[i] - whole - (o[i] * root - mean) * scale * along);
+      for (int i = 0; i < d; i++) line[i] = o[i] * root;
+      normalise_back(Norm{d}, 1e-2f, line, dy, to, nullptr, nullptr);
+      for (int i = 0; i < d; i++) to[i] *= root;
     }
     std::fill(dq, dq + size_t(N) * d, 0.0f), std::fill(dk, dk + size_t(N) * d, 0.0f), std::fill(dv, dv + size_t(N) * d, 0.0f);
     if (s.chunks) Head{s, t, w, 0, 0, 0}.backward();
@@ -444,7 +438,7 @@ struct Mixer {
       const float by = std::sqrt(float(d));
       for (int i = 0; i < own; i++) {
         const float* dy = row(m.dout_world, m.dout_action, inner, inner, b, from + i) + h * d;
-        float *p = scores + size_t(i) * own, *dp = dscores + size_t(i) * own, mean = 0;
+        float *p = scores + size_t(i) * lds, *dp = dscores + size_t(i) * lds, mean = 0;
         for (int j = 0; j < own; j++) dp[j] = dot(dy, v + size_t(from + j) * d, d), mean += dp[j] * p[j];
         for (int j = 0; j < own; j++) {
           const float now = by * p[j] * (dp[j] - mean);
@@ -479,8 +473,7 @@ struct Mixer {
 
 template <class Run>
 void mixers(const Mix& m, const Shape& reads, Run run) {
-  int most = 0;
-  for (int64_t chunk = 0; chunk < reads.chunks; chunk++) most = std::max(most, reads.first[chunk + 1] - reads.first[chunk]);
+  const int most = most_reads(reads);
   Shape s = reads;
   s.d = s.e = m.d;
   Arena a = ::room.open(work_room(s, most) + Mixer::size(m));

@@ -59,34 +59,10 @@ void leave(const Dense& s, int64_t first, int n, const float* dz, int ldz, float
       }
     }
     if (s.kind == NORM) {
-      float mean = 0, square = 0, along = 0, whole = 0;
-      vec total = {};
-      for (int i = 0; i < own; i += V) total += load(x + i, std::min(V, own - i));
-      mean = sum(total) / own;
-      vec squares = {};
-      for (int i = 0; i < own; i += V) {
-        const int here = std::min(V, own - i);
-        vec a = load(x + i, here) - mean;
-        if (here < V) a = load((const float*)&a, here);
-        squares += a * a;
-      }
-      square = sum(squares);
-      const float scale = 1.0f / std::sqrt(square / own + 1e-5f);
-      vec all_along = {}, all_whole = {};
-      for (int i = 0; i < own; i += V) {
-        const int here = std::min(V, own - i);
-        const vec unit = (load(x + i, here) - mean) * scale, given = load(d + i, here);
-        const vec back = given * load(s.gain + i, here);
-        store(dgain + i, load(dgain + i) + given * unit), store(dshift + i, load(dshift + i) + given);
-        all_along += back * unit, all_whole += back;
-      }
-      along = sum(all_along) / own, whole = sum(all_whole) / own;
-      for (int i = 0; i < own; i += V) {
-        const int here = std::min(V, own - i);
-        const vec unit = (load(x + i, here) - mean) * scale;
-        vec now = scale * (load(d + i, here) * load(s.gain + i, here) - whole - unit * along);
-        if (s.also) now += load(s.also + (first + r) * own + i, here);
-        store(dx + i, now, here);
+      normalise_back(Norm{own, s.gain, s.shift}, 1e-5f, x, d, dx, dgain, dshift);
+      for (int i = 0; i < own && s.also; i += V) {
+        const float* more = s.also + (first + r) * own + i;
+        store(dx + i, load(dx + i, own - i) + load(more, own - i), own - i);
       }
     }
   }

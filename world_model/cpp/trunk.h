@@ -55,11 +55,6 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
   }
 }
 
-void to_unit(float* x, int n) {
-  const float by = 1.0f / std::max(std::sqrt(dot(x, x, n)), 1e-12f);
-  for (int i = 0; i < n; i++) x[i] *= by;
-}
-
 // Softmax attention of one dream's head: queries [rows,d] with stride -> out [rows,d] over keys^T and values in panels.
 // `bias` [frames,ldk] is added to the scores of the queries of each frame (`per` of them); the first `dead` are unseen.
 void attend(int rows, int per, const float* q, int ldq, int d, const float* keys, const float* values, int count,
@@ -139,9 +134,9 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
       for (int h = 0; h < m.H; h++) {
         float *qw = ask_world + h * d, *qa = ask_action + h * d;
         if (G) {
-          for (int n = 0; n < N; n++) to_unit(key[n] + h * d, d);
-          if (ask_w) for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * ldq_w, d);
-          if (ask_a) for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * ldq_a, d);
+          for (int n = 0; n < N; n++) to_unit(key[n] + h * d, key[n] + h * d, d);
+          if (ask_w) for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * ldq_w, qw + size_t(r) * ldq_w, d);
+          if (ask_a) for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * ldq_a, qa + size_t(r) * ldq_a, d);
           const float* old = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * d * d;  // [e,d]
           if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
           transpose([=](int e) { return old + size_t(e) * d; }, d, d, state, ldv);

@@ -271,6 +271,47 @@ void normalise(const Norm& norm, float eps, int rows, const float* x, int ldx, f
   }
 }
 
+// dy [size] -> dx through `normalise` of one row x; what the weights gain is added, where there are any
+inline void normalise_back(const Norm& norm, float eps, const float* x, const float* dy, float* dx, float* dgain,
+                           float* dshift) {
+  const int n = norm.size;
+  vec total = {}, squares = {}, along = {}, whole = {};
+  for (int i = 0; i < n; i += V) total += load(x + i, n - i);
+  const float mean = sum(total) / n;
+  for (int i = 0; i < n; i += V) {
+    vec a = load(x + i, n - i) - mean;
+    if (n - i < V) a = load((const float*)&a, n - i);
+    squares += a * a;
+  }
+  const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+  auto given = [&](int i) { return norm.weight ? load(dy + i, n - i) * load(norm.weight + i, n - i) : load(dy + i, n - i); };
+  for (int i = 0; i < n; i += V) {
+    const vec unit = (load(x + i, n - i) - mean) * scale, back = given(i);
+    if (norm.weight) {
+      const vec raw = load(dy + i, n - i);
+      store(dgain + i, load(dgain + i) + raw * unit), store(dshift + i, load(dshift + i) + raw);
+    }
+    along += back * unit, whole += back;
+  }
+  const float by_unit = sum(along) / n, by_all = sum(whole) / n;
+  for (int i = 0; i < n; i += V)
+    store(dx + i, scale * (given(i) - by_all - (load(x + i, n - i) - mean) * scale * by_unit), n - i);
+}
+
+// to [n] = x at length 1 -> the length that it had; `to` may be x
+inline float to_unit(const float* x, float* to, int n) {
+  const float length = std::max(std::sqrt(dot(x, x, n)), 1e-12f);
+  for (int i = 0; i < n; i += V) store(to + i, load(x + i, n - i) * (1.0f / length), n - i);
+  return length;
+}
+
+// The row of token n of dream b in two streams' tensors [B,F,P,..] and [B,F,1,..], whose rows are ldw and lda apart
+template <class T>
+inline T* token(T* world, T* action, int64_t ldw, int64_t lda, int64_t frames, int64_t tokens, int64_t b, int n) {
+  const int64_t f = n / (tokens + 1), g = n % (tokens + 1);
+  return g < tokens ? world + ((b * frames + f) * tokens + g) * ldw : action + (b * frames + f) * lda;
+}
+
 // x [n], whole vectors, := softmax(x); at least one number isn't -inf
 inline void softmax(float* x, int n) {
   vec top = load(x), total = {};
