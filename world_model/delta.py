@@ -12,13 +12,12 @@ Queries are apart from keys: query r reads the memory as it stands after the fir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from world_model.delta_cpu import delta_cpu
-from world_model.native import available, wanted
+from world_model.native import available, on_gpu, recorded
 
 
 def delta(
@@ -27,13 +26,11 @@ def delta(
     """The fastest form there is for these tensors -> (o [B,H,R,e], final state [B,H,e,d])."""
     tensors, total = (q, k, v, log_alpha, beta, state), k.shape[2]
     reads = range(1, total + 1) if at is None else at
+    fits = _fits(*tensors) and len(reads) == q.shape[2] and all(0 <= n <= total for n in reads)
     single = total > 0 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    single = single and _fits(*tensors) and len(reads) == q.shape[2] and all(0 <= n <= total for n in reads)
-    if single and (library := available("delta")):
+    if fits and single and (library := available("delta")):
         return delta_cpu(library, *tensors, reads)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and not recorded
-    if fits and wanted() != "torch" and find_spec("triton"):
+    if fits and q.shape[-1] <= (128 if recorded(*tensors) else 256) and on_gpu(*tensors):
         from world_model.delta_triton import delta_triton
 
         return delta_triton(*tensors, reads)

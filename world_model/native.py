@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -79,9 +80,7 @@ def available(name: str) -> ctypes.CDLL | None:
     Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
     """
     choice = wanted()
-    if torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.is_autocast_enabled("cpu") or _transformed():
         return None
     match choice:
         case "torch":
@@ -99,6 +98,28 @@ def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
     if torch.get_num_threads() > 1 or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
         return None
     return available(name)
+
+
+def on_gpu(*tensors: Tensor) -> bool:
+    """Whether Triton's kernels may have these: on the GPU in use, none a double, and nobody asked for torch."""
+    here = all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
+    here = here and {t.get_device() for t in tensors} == {torch.cuda.current_device()}
+    return here and wanted() != "torch" and _triton() and not _transformed()
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _transformed() -> bool:
+    """Whether forward-mode AD or one of torch.func's transforms is at work, which kernels know nothing of."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether somebody may want gradients of what is made of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def once() -> None:
