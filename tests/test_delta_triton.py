@@ -1,4 +1,4 @@
-"""The GPU's streaming kernel, interpreted on the CPU, is the slow recurrence; on a GPU it is compiled."""
+"""The GPU's kernels, interpreted on the CPU, are the slow recurrence, gradients too; on a GPU they are compiled."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_delta import inputs
+from test_delta import NAMES, everything, inputs
+from torch import Tensor
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 pytest.importorskip("triton", exc_type=ImportError)
 
-from world_model.delta import delta_recurrent  # noqa: E402
+from world_model.delta import delta, delta_chunked, delta_recurrent  # noqa: E402
 from world_model.delta_triton import delta_triton  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,7 +32,7 @@ def unwritten() -> Iterator[None]:
 
 
 @given(
-    total=st.integers(0, 20),
+    total=st.integers(0, 40),
     at=st.none() | st.lists(st.floats(0, 1), max_size=12),
     seed=st.integers(0, 10**6),
     spread=st.sampled_from([1e-3, 3.0]),
@@ -62,3 +63,87 @@ def test_tokens_in_bfloat16_the_memory_in_float32() -> None:
     truth = delta_recurrent(q, k, v, log_alpha, beta, state)
     torch.testing.assert_close(final.double().cpu(), truth[1].cpu(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.double().cpu(), truth[0].cpu(), rtol=2e-2, atol=2e-2)
+
+
+def test_with_no_keys_the_memory_is_no_copy() -> None:
+    q, k, v, log_alpha, beta, state = (x.detach().float().to(DEVICE) for x in inputs(0, 3))
+    out, final = delta_triton(q, k, v, log_alpha, beta, state, [0, 0, 0])
+    torch.testing.assert_close(out, delta_recurrent(q, k, v, log_alpha, beta, state, [0, 0, 0])[0])
+    assert final.data_ptr() == state.data_ptr()
+
+
+# --- with gradients
+
+
+def on_device(*args: Tensor) -> list[Tensor]:
+    """In float32 and as views: heads lie between tokens, and there is more of everything than is meant."""
+    q, k, v, *rest = (x.detach().float().to(DEVICE) for x in args)
+    tokens = (torch.cat([x, x], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., : x.shape[-1]] for x in (q, k, v))
+    return [*tokens, *rest]
+
+
+@given(
+    total=st.integers(0, 50) | st.sampled_from([16, 17, 32, 48]),
+    at=st.none() | st.lists(st.floats(0, 1), max_size=40),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([1e-3, 0.1, 3.0]),
+    forget=st.sampled_from([0.0, 0.1, 20.0]),
+    write=st.sampled_from([-3.0, 0.0, 15.0]),
+    d=st.sampled_from([2, 5, 16, 33]),
+    e=st.sampled_from([1, 3, 16, 40]),
+)
+@settings(max_examples=30, deadline=None)
+def test_trained_is_recurrent(
+    total: int, at: list[float] | None, seed: int, spread: float, forget: float, write: float, d: int, e: int
+) -> None:
+    """About as near to the truth in float64 as the chunked torch form in float32 is."""
+    reads = list(range(1, total + 1)) if at is None else [round(x * total) for x in at]
+    args = inputs(total, len(reads), seed=seed, spread=spread, forget=forget, write=write, d=d, e=e)
+    truth = everything(delta_recurrent, args, reads, seed)
+    torch_form = everything(delta_chunked, [x.float() for x in args], reads, seed)
+    ours = everything(delta_triton, on_device(*args), reads, seed)
+    for name, a, b, c in zip(("o", "final", *NAMES), truth, torch_form, ours, strict=True):
+        if not a.numel():
+            continue
+        usual = (b - a).abs().max() + 3e-6 * a.abs().max().clamp_min(1.0)
+        wrong = (c.cpu() - a).abs().max()
+        assert wrong <= 5 * usual, f"{name} is {wrong:.1e} off the truth, torch {usual:.1e}"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_each_output_may_be_the_only_one_that_matters(which: int) -> None:
+    for wanted in range(which, 6):  # the memory hangs on no query
+        slow, fast = (
+            [x.detach().requires_grad_(i == wanted) for i, x in enumerate(args)]
+            for args in (inputs(18, 18), on_device(*inputs(18, 18)))
+        )
+        truth = delta_recurrent(*slow)[which].sum()
+        (a,) = torch.autograd.grad(truth, slow[wanted], materialize_grads=True)
+        (b,) = torch.autograd.grad(delta_triton(*fast, at=range(1, 19))[which].sum(), fast[wanted])
+        torch.testing.assert_close(b.double().cpu(), a, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_in_the_dtype_of_what_they_are_of() -> None:
+    *tokens, state = (x.detach() for x in inputs(20, 20, d=16, e=16))
+    half = [*(x.to(DEVICE, torch.bfloat16) for x in tokens), state.to(DEVICE, torch.float32)]
+    ours = everything(delta_triton, half, list(range(1, 21)), 0)
+    truth = everything(delta_recurrent, [x.double() for x in half], None, 0)
+    for a, b in zip(truth, ours, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
+    half = [x.requires_grad_() for x in half]
+    out, final = delta_triton(*half, at=range(1, 21))
+    grads = torch.autograd.grad(out.float().sum() + final.sum(), half)
+    assert [x.dtype for x in grads] == [x.dtype for x in half]
+
+
+def test_second_derivatives_are_refused() -> None:
+    args = [x.requires_grad_() for x in on_device(*inputs(3, 3))]
+    out, _ = delta_triton(*args, at=range(1, 4))
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(out.sum(), args, create_graph=True)
+
+
+@pytest.mark.skipif(not GPU, reason="the door opens on a GPU")
+def test_the_door_takes_gradients() -> None:
+    out, _ = delta(*(x.requires_grad_() for x in on_device(*inputs(20, 20))))
+    assert "_Delta" in type(out.grad_fn).__name__

@@ -69,7 +69,7 @@ def _written(key, value, log_alpha, beta, memory, C: tl.constexpr):  # type: ign
     """How a chunk of keys [C,d] writes onto memory [d,e].
 
     -> g, the log of the product of alphas up to each key [C]; g of them all; what each key finds of those before it
-    [C,C]; (I + L)^-1 [C,C], where L is beta times that; how amiss memory is at each key [C,e]; what is written, u [C,e].
+    [C,C]; (I + L)^-1 [C,C], where L is beta times that; what memory answers each key amiss [C,e]; and u [C,e].
     """
     i = tl.arange(0, C)
     g = tl.cumsum(log_alpha, 0)
@@ -235,9 +235,15 @@ def _write(
 
 
 def _blocks(d: int, e: int) -> tuple[int, dict[str, int]]:
-    """Into how many tiles e is cut, and the sizes of a program that writes by chunks: products want 16 and more."""
-    block_d, block_e = max(16, triton.next_power_of_2(d)), 16 if e <= 16 else 32
-    return triton.cdiv(e, block_e), dict(D=d, E=e, BLOCK_D=block_d, BLOCK_E=block_e, C=_CHUNK)
+    """Into how many tiles e is cut, and the sizes of a program that writes by chunks.
+
+    Products want 16 and more of everything. Beyond that sizes are small, warps many and loads not ahead of time, since
+    in products of full float32 each thread holds whole rows: larger programs have more than there are registers for.
+    """
+    block_d = max(16, triton.next_power_of_2(d))
+    block_e = 32 if e > 16 and block_d <= 32 else 16
+    sizes = dict(D=d, E=e, BLOCK_D=block_d, BLOCK_E=block_e, C=_CHUNK)
+    return triton.cdiv(e, block_e), {**sizes, "num_warps": 4 if block_d <= 32 else 8, "num_stages": 1}
 
 
 class _Delta(torch.autograd.Function):
@@ -285,13 +291,12 @@ def delta_triton(
     """
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     tensors = (q, k, v, log_alpha, beta, state)
-    back = recorded(*tensors)
-    if d > (128 if back else 256):
-        raise ValueError(f"a head of this kernel has at most 256 numbers, or 128 with gradients, got {d}")
-    if back:
+    if d > (most := 128 if recorded(*tensors) else 256):
+        raise ValueError(f"a head of this kernel has at most {most} numbers here, got {d}")
+    if recorded(*tensors):
         return _Delta.apply(*tensors, tuple(at))  # type: ignore[no-any-return]
     q, k, v, log_alpha, beta, state = _ready(*tensors)
-    if total > _CHUNK:
+    if total > _CHUNK and d <= 128:
         return _write(q, k, v, log_alpha, beta, state, tuple(at), keep=False)[:2]
     out, final = q.new_empty(batch, heads, reads, e), torch.empty_like(state) if total else state
     block_e = min(32, triton.next_power_of_2(e))
