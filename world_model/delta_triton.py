@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from world_model.native import once, recorded
+from world_model.parts_triton import dot
 
 _CHUNK = 16  # keys that are written at once, and reads that are answered at once
 
@@ -48,12 +49,6 @@ def _stream(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    """In full float32."""
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def _inverse(lower, C: tl.constexpr):  # type: ignore[no-untyped-def]
     """(I + lower)^-1 [C,C] by substitution, which is exact also where keys resemble one another."""
     i = tl.arange(0, C)
@@ -75,10 +70,10 @@ def _written(key, value, log_alpha, beta, memory, C: tl.constexpr):  # type: ign
     g = tl.cumsum(log_alpha, 0)
     end = tl.sum(tl.where(i == C - 1, g, 0.0), 0)
     gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
-    alike = _dot(key, tl.trans(key)) * tl.exp(gap)
+    alike = dot(key, tl.trans(key)) * tl.exp(gap)
     inverse = _inverse(beta[:, None] * alike, C)
-    wrong = value - tl.exp(g)[:, None] * _dot(key, memory)
-    return g, end, alike, inverse, wrong, _dot(inverse, beta[:, None] * wrong)
+    wrong = value - tl.exp(g)[:, None] * dot(key, memory)
+    return g, end, alike, inverse, wrong, dot(inverse, beta[:, None] * wrong)
 
 
 @triton.jit
@@ -122,10 +117,10 @@ def _forward(  # type: ignore[no-untyped-def]
             query = tl.load(q + which[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
             query = query.to(tl.float32)
             new, old = _seen(n, g, scale, C)
-            told = _dot(new * _dot(query, tl.trans(key)), u) + old[:, None] * _dot(query, memory)
+            told = dot(new * dot(query, tl.trans(key)), u) + old[:, None] * dot(query, memory)
             told_at = out + (row * reads + which[:, None]) * E + e[None, :]
             tl.store(told_at, told, mask=in_r[:, None] & in_e[None, :])
-        memory = tl.exp(end) * memory + _dot(tl.trans(key), tl.exp(end - g)[:, None] * u)
+        memory = tl.exp(end) * memory + dot(tl.trans(key), tl.exp(end - g)[:, None] * u)
     tl.store(final + row * E * D + here, memory, mask=inside)
 
 
@@ -158,7 +153,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
         # Where an exponent has +g_i a key's gradient is ``later``, where it has -g_j ``earlier``: then dg is k . both.
         left = tl.exp(end - g)[:, None]
-        du, earlier = left * _dot(key, dmemory), left * _dot(u, tl.trans(dmemory))
+        du, earlier = left * dot(key, dmemory), left * dot(u, tl.trans(dmemory))
         drate = tl.zeros([C], tl.float32) + tl.exp(end) * tl.sum(dmemory * memory) + tl.sum(key * earlier)
         dmemory = tl.exp(end) * dmemory
         last = tl.load(first + c + 1)
@@ -170,22 +165,22 @@ def _backward(  # type: ignore[no-untyped-def]
             gain = tl.load(gain, mask=in_r[:, None] & in_e[None, :], other=0.0).to(tl.float32)
             query = query.to(tl.float32)
             new, old = _seen(n, g, scale, C)
-            dscore = new * _dot(gain, tl.trans(u))
-            dquery = _dot(dscore, key) + old[:, None] * _dot(gain, tl.trans(memory))
-            du += _dot(tl.trans(new * _dot(query, tl.trans(key))), gain)
-            earlier += _dot(tl.trans(dscore), query)
+            dscore = new * dot(gain, tl.trans(u))
+            dquery = dot(dscore, key) + old[:, None] * dot(gain, tl.trans(memory))
+            du += dot(tl.trans(new * dot(query, tl.trans(key))), gain)
+            earlier += dot(tl.trans(dscore), query)
             drate += tl.sum(tl.where(i[None, :] < n[:, None], tl.sum(query * dquery, 1)[:, None], 0.0), 0)
-            dmemory += _dot(tl.trans(old[:, None] * query), gain)
+            dmemory += dot(tl.trans(old[:, None] * query), gain)
             dquery_at = dq + (part * reads + which[:, None]) * D + d[None, :]
             tl.store(dquery_at, dquery, mask=in_r[:, None] & in_d[None, :])
 
-        du = _dot(tl.trans(inverse), du)  # from here on of the right side
-        dlower = -_dot(du, tl.trans(u))  # counts where ``alike`` does, below the diagonal
+        du = dot(tl.trans(inverse), du)  # from here on of the right side
+        dlower = -dot(du, tl.trans(u))  # counts where ``alike`` does, below the diagonal
         gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
         dalike = force[:, None] * tl.exp(gap) * dlower
-        later = _dot(dalike, key) - (force * tl.exp(g))[:, None] * _dot(du, tl.trans(memory))
-        earlier += _dot(tl.trans(dalike), key)
-        dmemory -= _dot(tl.trans(key), (force * tl.exp(g))[:, None] * du)
+        later = dot(dalike, key) - (force * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
+        earlier += dot(tl.trans(dalike), key)
+        dmemory -= dot(tl.trans(key), (force * tl.exp(g))[:, None] * du)
         drate += tl.cumsum(tl.sum(key * (later - earlier), 1), 0, reverse=True)
         dforce = tl.sum(du * wrong, 1) + tl.sum(dlower * alike, 1)
         dkey_at = dk + (part * total + t[:, None]) * D + d[None, :]

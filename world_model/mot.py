@@ -19,7 +19,7 @@ from world_model.config import WorldModelConfig
 from world_model.delta import delta
 from world_model.delta_cpu import mix
 from world_model.layers import norm_linear, silu_linear
-from world_model.native import compiled
+from world_model.native import compiled, on_gpu, recorded
 from world_model.window import Layout, attend, visible
 
 Memory = dict[str, Tensor]  # a layer's tensors, each [B, ...]
@@ -78,10 +78,11 @@ class Block(nn.Module):
 
     def empty(self, batch: int, like: Tensor) -> Memory:
         """The memory of a dream that has seen nothing."""
-        if self.letter == "G":
-            return {"S": like.new_zeros(batch, self.heads, self.dim, self.dim)}
-        shape = (batch, self.heads, self.past * self.group, self.dim)
-        return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
+        return {name: like.new_zeros(self._shape(batch)) for name in self.names}
+
+    def _shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Of each tensor of the memory."""
+        return batch, self.heads, self.dim if self.letter == "G" else self.past * self.group, self.dim
 
     def forward(
         self, world: Tensor, action: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None
@@ -93,8 +94,11 @@ class Block(nn.Module):
         """
         qkv_w, gate_w, hidden_w = self.world.split(world)
         qkv_a, gate_a, hidden_a = self.action.split(action)
-        state = (memory or self.empty(world.shape[0], world))["S"] if self.letter == "G" else None
-        fits = state is not None and state.shape == (world.shape[0], self.heads, self.dim, self.dim)
+        if self.letter == "G":
+            memory = memory or self.empty(world.shape[0], world)
+        state = memory["S"] if memory is not None and self.letter == "G" else None
+        fits = memory is not None and all(t.shape == self._shape(world.shape[0]) for t in memory.values())
+        given = (qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
         if state is not None and fits and layout.clean and (library := compiled("delta", world, state)):
             at, skip = self._reads(layout)
             sizes = (layout.clean, layout.chunk, skip)
@@ -103,15 +107,10 @@ class Block(nn.Module):
         elif self.letter != "G" and memory is None and (library := compiled("attention", world)):
             mixed_w, mixed_a = attend_streams(library, qkv_w, qkv_a, *self._bias(layout, 0, world))
             new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
+        elif memory is not None and fits and self._streams(qkv_w, layout, memory):
+            mixed_w, mixed_a, new = self._streamed(*given)
         else:
-            q, k, v = self._tokens(qkv_w, qkv_a)
-            if state is not None:
-                mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, state)
-            else:
-                mixed, new = self._window(q, k, v, layout, memory, age)
-            mixed_w, mixed_a = (
-                mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
-            )
+            mixed_w, mixed_a, new = self._mixed(*given)
         if self.last:
             mixed_w = mixed_w[:, mixed_w.shape[1] - layout.noisy :]
             return (
@@ -120,6 +119,61 @@ class Block(nn.Module):
                 new,
             )
         return self.world.join(world, mixed_w, hidden_w), self.action.join(action, mixed_a, hidden_a), new
+
+    def _mixed(
+        self,
+        qkv_w: Tensor,
+        qkv_a: Tensor,
+        gate_w: Tensor,
+        gate_a: Tensor,
+        layout: Layout,
+        memory: Memory | None,
+        age: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """The temporal mixing -> answers of the frames that are asked for [B,F,P,I], [B,F,1,I], the memory after."""
+        q, k, v = self._tokens(qkv_w, qkv_a)
+        if self.letter == "G":
+            assert memory is not None
+            mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, memory["S"])
+        else:
+            mixed, new = self._window(q, k, v, layout, memory, age)
+        mixed_w, mixed_a = (
+            mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
+        )
+        return mixed_w, mixed_a, new
+
+    def _streams(self, qkv_w: Tensor, layout: Layout, memory: Memory) -> bool:
+        """Whether a GPU's kernels do it: they pass no gradients, and a G layer's take clean frames or one chunk."""
+        alone = self.letter != "G" or len(layout.starts) + (layout.clean > 0) == 1
+        tensors = (qkv_w, self.log_rate if self.letter == "G" else self.offsets, *memory.values())
+        return alone and self.dim <= 256 and not recorded(*tensors) and on_gpu(*tensors)
+
+    def _streamed(
+        self,
+        qkv_w: Tensor,
+        qkv_a: Tensor,
+        gate_w: Tensor,
+        gate_a: Tensor,
+        layout: Layout,
+        memory: Memory | None,
+        age: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """``_mixed`` onto a memory in one kernel of a GPU."""
+        from world_model.mix_triton import read_chunk, write_chunk
+        from world_model.window_triton import attend_window
+
+        assert memory is not None
+        if self.letter != "G":
+            assert age is not None
+            bias, _ = self._bias(layout, self.past, self.offsets)
+            mixed_w, mixed_a, k, v = attend_window(qkv_w, qkv_a, bias, memory["k"], memory["v"], age, layout.clean)
+            return mixed_w, mixed_a, {"k": k, "v": v}
+        if layout.noisy:
+            return *read_chunk(qkv_w, qkv_a, memory["S"]), memory
+        mixed_w, mixed_a, state = write_chunk(
+            qkv_w, qkv_a, gate_w, gate_a, self.log_rate, memory["S"], ask=not self.last
+        )
+        return mixed_w, mixed_a, {"S": state}
 
     def written(self, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a G layer writes for clean frames -> unit keys, values [B,H,N,d], log alpha, beta [B,H,N]."""

@@ -1,0 +1,98 @@
+"""The GPU's kernels of a layer's mixing, interpreted on the CPU, are the torch form of that layer in float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
+pytest.importorskip("triton", exc_type=ImportError)
+
+from world_model.config import WorldModelConfig  # noqa: E402
+from world_model.mot import Block  # noqa: E402
+from world_model.window import Layout  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def unwritten() -> Iterator[None]:
+    """New memory is full of NaN, so that what is read before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layer(letter: str, last: bool, seed: int, **sizes: Any) -> Block:
+    """A layer whose every weight is random."""
+    torch.manual_seed(seed)
+    block = Block(letter, WorldModelConfig(3, 2, pattern=letter, width=8, action_width=6, **sizes), last)
+    for p in block.requires_grad_(False).parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    return block.to(DEVICE)
+
+
+def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype = torch.float32) -> None:
+    """Of random tokens, splits of wider rows, onto a random memory."""
+    parts = []
+    for tokens, stream in ((block.group - 1, block.world), (1, block.action)):
+        wide = torch.randn(len(ages), layout.frames, tokens, sum(stream.sizes)).to(DEVICE, dtype)
+        parts.append(wide.split(stream.sizes, -1))
+    (qkv_w, gate_w, _), (qkv_a, gate_a, _) = parts
+    memory = {name: torch.randn_like(t) for name, t in block.empty(len(ages), torch.ones(1, device=DEVICE)).items()}
+    age = torch.tensor(ages, device=DEVICE)
+    exact: Any = [x.double() for x in (qkv_w, qkv_a, gate_w, gate_a)]
+    truth = copy.deepcopy(block).double()._mixed(*exact, layout, {k: v.double() for k, v in memory.items()}, age)
+    ours = block._streamed(qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
+    near = 2e-2 if dtype == torch.bfloat16 else 3e-5
+    for a, b in zip(truth[:2], ours[:2], strict=True):
+        assert b.dtype == dtype
+        torch.testing.assert_close(b.double(), a[:, a.shape[1] - b.shape[1] :], rtol=near, atol=near)
+        assert a.shape == b.shape
+    for name, a in truth[2].items():
+        assert ours[2][name].dtype == torch.float32
+        torch.testing.assert_close(ours[2][name].double(), a, rtol=3e-5, atol=3e-5)
+        assert layout.clean or ours[2][name] is memory[name]
+
+
+@given(
+    letter=st.sampled_from("SDG"),
+    last=st.booleans(),
+    clean=st.booleans(),
+    frames=st.integers(1, 4),
+    ages=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(1, 5),
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from([2, 5, 16, 20]),
+    window=st.integers(1, 8),
+    dilation=st.integers(1, 3),
+    taps=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=50, deadline=None)
+def test_streamed_is_mixed(
+    letter: str, last: bool, clean: bool, frames: int, ages: list[int], seed: int, dtype: torch.dtype, **sizes: int
+) -> None:
+    layout = Layout(frames) if clean else Layout(0, (0,), frames)
+    assert_as(layer(letter, last, seed, **sizes), layout, ages, dtype)
+
+
+def test_windows_take_clean_frames_and_chunks_at_once() -> None:
+    assert_as(layer("S", False, 0, head_dim=4, window=3), Layout(5, (1, 3), 2), [0, 2, 7])
+    assert_as(layer("D", True, 1, head_dim=4, dilation=2, taps=2), Layout(3, (1,), 2), [0, 5])
+
+
+def test_many_tokens() -> None:
+    for letter in "SG":
+        assert_as(layer(letter, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1])
+        assert_as(layer(letter, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3])
