@@ -17,6 +17,9 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 pytest.importorskip("triton", exc_type=ImportError)
 
+from tiny import dreamt, tiny_model  # noqa: E402
+
+from world_model import delta, mot  # noqa: E402
 from world_model.config import WorldModelConfig  # noqa: E402
 from world_model.mot import Block  # noqa: E402
 from world_model.window import Layout  # noqa: E402
@@ -44,14 +47,15 @@ def layer(letter: str, last: bool, seed: int, **sizes: Any) -> Block:
 def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype = torch.float32) -> None:
     """Of random tokens, splits of wider rows, onto a random memory."""
     parts = []
-    for tokens, stream in ((block.group - 1, block.world), (1, block.action)):
-        wide = torch.randn(len(ages), layout.frames, tokens, sum(stream.sizes)).to(DEVICE, dtype)
+    for count, stream in ((block.group - 1, block.world), (1, block.action)):
+        wide = torch.randn(len(ages), layout.frames, count, sum(stream.sizes)).to(DEVICE, dtype)
         parts.append(wide.split(stream.sizes, -1))
     (qkv_w, gate_w, _), (qkv_a, gate_a, _) = parts
     memory = {name: torch.randn_like(t) for name, t in block.empty(len(ages), torch.ones(1, device=DEVICE)).items()}
     age = torch.tensor(ages, device=DEVICE)
-    exact: Any = [x.double() for x in (qkv_w, qkv_a, gate_w, gate_a)]
-    truth = copy.deepcopy(block).double()._mixed(*exact, layout, {k: v.double() for k, v in memory.items()}, age)
+    exact: Any = copy.deepcopy(block).double()._mixed
+    tokens = (x.double() for x in (qkv_w, qkv_a, gate_w, gate_a))
+    truth = exact(*tokens, layout, {name: t.double() for name, t in memory.items()}, age)
     ours = block._streamed(qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
     near = 2e-2 if dtype == torch.bfloat16 else 3e-5
     for a, b in zip(truth[:2], ours[:2], strict=True):
@@ -96,3 +100,27 @@ def test_many_tokens() -> None:
     for letter in "SG":
         assert_as(layer(letter, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1])
         assert_as(layer(letter, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3])
+
+
+@pytest.mark.parametrize("pattern", ["SGDG", "GS"])
+def test_a_dream_goes_through_them(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAIROS_KERNELS", "torch")
+    model = tiny_model(pattern, tokens=2).to(DEVICE)
+
+    def dream() -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        obs, actions = (torch.randn(2, 5, n, generator=g).clamp(-2, 2).to(DEVICE) for n in (3, 2))
+        state = model.observe(model.initial(2), obs, actions)
+        out = []
+        for k in (4, 1, 3):
+            state, imagined = model.imagine(state, actions[:, :k], flow_steps=2)
+            out += [dreamt(imagined), imagined.reward]
+        return [*out, *state.tensors.values()]
+
+    slow = dream()
+    for module in (mot, delta):
+        monkeypatch.setattr(module, "on_gpu", lambda *_: True)
+    for name in ("_mixed", "_delta", "_window"):
+        monkeypatch.delattr(Block, name)
+    for a, b in zip(slow, dream(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
