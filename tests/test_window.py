@@ -28,7 +28,7 @@ def test_visible_is_the_rule(
     # A frame is (time, the chunk it is denoised in or None); memory and evidence are clean.
     own = [(t, None) for t in range(clean)] + [(start + i, start) for start in layout.starts for i in range(chunk)]
     keys = [(t, None) for t in range(-past, 0)] + own
-    select, mask = visible(layout, past, stride, reach, group, ahead)
+    select, mask = visible(layout, past, stride, reach, group, ahead, torch.device("cpu"), torch.float32)
     assert layout.frames == len(own)
     assert mask.shape == (len(own) * group, len(keys) * group) and select.shape == (reach + ahead + 1, mask.numel())
     select = select.unflatten(-1, mask.shape)

@@ -245,7 +245,8 @@ class Block(nn.Module):
 
     def _bias(self, layout: Layout, past: int, like: Tensor) -> tuple[Tensor, int]:
         """What is added to the scores of all queries that are asked [H,R,N], and how many before them are not."""
-        select, mask = (x.to(like) for x in visible(layout, past, self.stride, self.past, self.group, self.ahead))
+        sizes = (self.stride, self.past, self.group, self.ahead)
+        select, mask = visible(layout, past, *sizes, like.device, like.dtype)
         skip = layout.clean * self.group if self.last else 0
         return ((self.offsets @ select).unflatten(-1, mask.shape) + mask)[:, skip:], skip
 

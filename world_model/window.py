@@ -37,7 +37,17 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def visible(layout: Layout, past: int, stride: int, reach: int, group: int, ahead: int) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)  # what is kept serves training too
+def visible(
+    layout: Layout,
+    past: int,
+    stride: int,
+    reach: int,
+    group: int,
+    ahead: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Who sees whom -> (select [reach+ahead+1, R*M], mask [R,M]) for R tokens of the layout and M keys.
 
     The keys are those of ``past`` remembered frames, then the layout's own, ``group`` tokens a frame. A query sees the
@@ -59,7 +69,8 @@ def visible(layout: Layout, past: int, stride: int, reach: int, group: int, ahea
     seen, offset = (x.repeat_interleave(group, 0).repeat_interleave(group, 1) for x in (remembered | together, offset))
     select = torch.zeros(reach + ahead + 1, offset.numel())
     select[(offset.flatten() + ahead).clamp(0, reach + ahead), torch.arange(offset.numel())] = 1.0
-    return select * seen.flatten(), torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    select, mask = select * seen.flatten(), torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    return select.to(device, dtype), mask.to(device, dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
