@@ -202,8 +202,10 @@ def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tenso
 
 @lru_cache(maxsize=256)
 def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads in the order of time [R], how many keys of their chunk they see [R], and from which one on they are a
-    chunk's [chunks+1]. Those before any key are the first chunk's."""
+    """Reads in the order of time [R], how many keys of their chunk they see [R], from which one on they are a chunk's.
+
+    That is [chunks+1]. Those before any key are the first chunk's.
+    """
     of = [max(n - 1, 0) // _CHUNK for n in at]
     order = sorted(range(len(at)), key=at.__getitem__)
     seen = [at[r] - of[r] * _CHUNK for r in order]
@@ -215,7 +217,7 @@ def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tupl
 def _write(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: tuple[int, ...], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By chunks; keep: the memory at the start of each too, for a way back."""
+    """By chunks -> answers, the memory after, and, for the way back of those who ``keep`` it, that before each chunk."""
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     chunks = max(triton.cdiv(total, _CHUNK), 1)
     out, final = q.new_empty(batch, heads, reads, e), torch.empty_like(state)

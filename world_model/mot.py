@@ -107,7 +107,7 @@ class Block(nn.Module):
         elif self.letter != "G" and memory is None and (library := compiled("attention", world)):
             mixed_w, mixed_a = attend_streams(library, qkv_w, qkv_a, *self._bias(layout, 0, world))
             new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
-        elif memory is not None and fits and self._streams(qkv_w, layout, memory):
+        elif memory is not None and fits and self._streams(layout, qkv_w, qkv_a, *memory.values()):
             mixed_w, mixed_a, new = self._streamed(*given)
         else:
             mixed_w, mixed_a, new = self._mixed(*given)
@@ -142,10 +142,10 @@ class Block(nn.Module):
         )
         return mixed_w, mixed_a, new
 
-    def _streams(self, qkv_w: Tensor, layout: Layout, memory: Memory) -> bool:
+    def _streams(self, layout: Layout, *tensors: Tensor) -> bool:
         """Whether a GPU's kernels do it: they pass no gradients, and a G layer's take clean frames or one chunk."""
+        tensors = (*tensors, self.log_rate if self.letter == "G" else self.offsets)
         alone = self.letter != "G" or len(layout.starts) + (layout.clean > 0) == 1
-        tensors = (qkv_w, self.log_rate if self.letter == "G" else self.offsets, *memory.values())
         return alone and self.dim <= 256 and not recorded(*tensors) and on_gpu(*tensors)
 
     def _streamed(

@@ -74,7 +74,7 @@ def attend_window(
     new_k, new_v = (torch.empty_like(x) if clean else x for x in (old_k, old_v))
     out_w, out_a = (x.new_empty(batch, asked // group, x.shape[2], three // 3) for x in (qkv_w, qkv_a))
     _window[(batch * heads, max(triton.cdiv(asked, _BLOCK), 1))](
-        world, action, bias, old_k, old_v, age, out_w, out_a, new_k, new_v,
+        world, action, bias, old_k, old_v, age.contiguous(), out_w, out_a, new_k, new_v,
         world.stride(0), action.stride(0), *bias.stride()[:2],
         heads, frames, size // group, asked, clean * group, d**-0.5,
         P=count, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), C=_BLOCK, MOVE=clean > 0, num_stages=1,
