@@ -96,7 +96,7 @@ def on_device(*args: Tensor) -> list[Tensor]:
     d=st.sampled_from([2, 5, 16, 33]),
     e=st.sampled_from([1, 3, 16, 40]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_trained_is_recurrent(
     total: int, at: list[float] | None, seed: int, spread: float, forget: float, write: float, d: int, e: int
 ) -> None:

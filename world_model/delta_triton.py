@@ -67,7 +67,7 @@ def _written(key, value, log_alpha, beta, memory, C: tl.constexpr):  # type: ign
     [C,C]; (I + L)^-1 [C,C], where L is beta times that; what memory answers each key amiss [C,e]; and u [C,e].
     """
     i = tl.arange(0, C)
-    g = tl.cumsum(log_alpha, 0)
+    g = tl.sum(tl.where(i[:, None] >= i[None, :], log_alpha[None, :], 0.0), 1)  # all in one order: it never grows
     end = tl.sum(tl.where(i == C - 1, g, 0.0), 0)
     gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
     alike = dot(key, tl.trans(key)) * tl.exp(gap)
@@ -181,7 +181,8 @@ def _backward(  # type: ignore[no-untyped-def]
         later = dot(dalike, key) - (force * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
         earlier += dot(tl.trans(dalike), key)
         dmemory -= dot(tl.trans(key), (force * tl.exp(g))[:, None] * du)
-        drate += tl.cumsum(tl.sum(key * (later - earlier), 1), 0, reverse=True)
+        dg = tl.sum(key * (later - earlier), 1)  # summed up by no scan: github.com/triton-lang/triton/issues/4362
+        drate += tl.sum(tl.where(i[:, None] >= i[None, :], dg[:, None], 0.0), 0)
         dforce = tl.sum(du * wrong, 1) + tl.sum(dlower * alike, 1)
         dkey_at = dk + (part * total + t[:, None]) * D + d[None, :]
         dvalue_at = dv + (row * total + t[:, None]) * E + e[None, :]
@@ -217,7 +218,7 @@ def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tupl
 def _write(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: tuple[int, ...], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By chunks -> answers, the memory after, and, for the way back of those who ``keep`` it, that before each chunk."""
+    """By chunks -> answers, the memory after, and where it is kept for the way back, that before each chunk."""
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     chunks = max(triton.cdiv(total, _CHUNK), 1)
     out, final = q.new_empty(batch, heads, reads, e), torch.empty_like(state)
