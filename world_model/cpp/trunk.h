@@ -55,21 +55,20 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
   }
 }
 
-// Softmax attention of one dream's head: queries [rows,d] with stride -> out [rows,d] over keys^T and values in panels.
-// `bias` [frames,ldk] is added to the scores of the queries of each frame (`per` of them); the first `dead` are unseen.
-void attend(int rows, int per, const float* q, int ldq, int d, const float* keys, const float* values, int count,
-            int dead, float scale, const float* bias, float* scores, float* tmp, float* out, int ldo) {
-  const int ldk = panels(count) * PANEL, ldv = panels(d) * PANEL;
-  product(rows, q, ldq, keys, d, count, nullptr, scores, ldk);
+// Softmax attention of one dream's head: queries [rows,d] of a sight's frames, `per` each, become what they are answered
+// over keys^T [d,ld] and the values at `value`; the slots below `dead` were never written.
+void attend(const Sight& s, int head, int per, float* q, int ldq, int d, const float* keys, const float* const* value,
+            int dead, float scale, float* scores) {
+  const int rows = (s.to - s.from) * per, count = int(s.slots.size());
+  multiply(rows, q, ldq, keys, s.ld, d, s.ld, scores, s.ld);
   for (int r = 0; r < rows; r++) {
-    float* s = scores + size_t(r) * ldk;
-    const float* b = bias + size_t(r / per) * ldk;
-    for (int j = 0; j < ldk; j += V) store(s + j, load(s + j) * scale + load(b + j));
-    for (int j = 0; j < dead; j++) s[j] = NEVER;
-    softmax(s, ldk);
+    float* x = scores + size_t(r) * s.ld;
+    const float* b = s.bias.data() + (size_t(head) * (s.to - s.from) + r / per) * s.ld;
+    for (int j = 0; j < s.ld; j += V) store(x + j, load(x + j) * scale + load(b + j));
+    for (int j = 0; j < count && s.slots[j] < dead; j++) x[j] = NEVER;
+    softmax(x, s.ld);
   }
-  product(rows, scores, ldk, values, count, d, nullptr, tmp, ldv);
-  for (int r = 0; r < rows; r++) copy(out + size_t(r) * ldo, tmp + size_t(r) * ldv, d);
+  blend<4>(rows, scores, s.ld, value, count, d, q, ldq);
 }
 
 struct Pass {
@@ -82,11 +81,11 @@ struct Pass {
 size_t pass_room(const Model& m, int rows) {  // rows: frames of all dreams of a tile
   size_t most_keys = 0, group = m.group();
   for (const Layer& l : m.layers) most_keys = std::max<size_t>(most_keys, m.keys(l, m.K));
-  const size_t ldk = panels(most_keys) * PANEL, ldv = panels(m.d) * PANEL;
+  const size_t ldk = pad(most_keys), ldv = panels(m.d) * PANEL;
   const size_t width = pad(std::max(m.D, m.Da)), token = rows * group;
   size_t own = token * (width + panels(2 * m.inner()) * PANEL + panels(2 * m.H) * PANEL +
                         panels(m.inner() + m.expand * std::max(m.D, m.Da)) * PANEL + PANEL);
-  size_t heads = pad(m.d) * ldk + most_keys * ldv + m.K * group * (ldk + 2 * ldv) + 3 * ldv * size_t(pad(m.d)) + 8 * ldv;
+  size_t heads = pad(m.d) * ldk + m.K * group * (ldk + ldv) + 3 * ldv * size_t(pad(m.d)) + 8 * ldv;
   return own + heads + size_t(64) * V;
 }
 
@@ -99,30 +98,24 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
   const int ldq_w = panels(inner + m.expand * m.D) * PANEL, ldq_a = panels(inner + m.expand * m.Da) * PANEL;
   int most_keys = 0;
   for (const Layer& l : m.layers) most_keys = std::max(most_keys, m.keys(l, F));
-  const int most_ld = panels(most_keys) * PANEL;
+  const int most_ld = pad(most_keys);
   float* normed = a.take(size_t(std::max(rows_w * ldw, rows_a * lda)));
   Tokens w{a.take(size_t(rows_w) * ldk2), a.take(size_t(rows_w) * ldq_w), a.take(size_t(rows_w) * ldg), ldk2, ldq_w, ldg};
   Tokens t{a.take(size_t(rows_a) * ldk2), a.take(size_t(rows_a) * ldq_a), a.take(size_t(rows_a) * ldg), ldk2, ldq_a, ldg};
   float* keys = a.take(size_t(pad(d)) * most_ld);
-  float* values = a.take(size_t(most_keys) * ldv);
   float* scores = a.take(size_t(N) * most_ld);
-  float* tmp = a.take(size_t(N) * ldv);
   float* told = a.take(size_t(N) * ldv);
   float* state = a.take(size_t(pad(d)) * ldv);
-  float* value = a.take(size_t(ldv));
-  std::vector<float> nothing;   // a bias of zeros over the chunk's own keys
-  std::vector<float*> key(N);   // where each token's keys [inner] and values [inner] are
+  float* written = a.take(size_t(ldv));
+  std::vector<float*> key(N);  // where each token's keys [inner] and values [inner] are
+  std::vector<const float*> seen(most_keys), value(most_keys);
 
   for (int i = 0; i < m.L; i++) {
     const Layer& l = m.layers[i];
     const bool G = l.letter == 'G', ask_w = p.noisy || !l.last, ask_a = !l.last, gates = G && !p.noisy;
     project(l, l.world, rows_w, world, ldw, normed, w, ask_w, gates, inner);
     project(l, l.action, rows_a, action, lda, normed, t, ask_a, gates, inner);
-    const int past = G ? 0 : l.past * group, count = past + N, ldk = panels(count) * PANEL;
-    if (G) {
-      nothing.assign(size_t(ldk), NEVER);
-      std::fill(nothing.begin(), nothing.begin() + count, 0.0f);
-    }
+    const int past = l.past * group;
     for (int b = 0; b < p.dreams; b++) {
       const int64_t row = p.first + b;
       for (int f = 0, n = 0; f < F; f++) {
@@ -133,6 +126,12 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
       float* ask_action = t.queries + size_t(b) * F * ldq_a;
       for (int h = 0; h < m.H; h++) {
         float *qw = ask_world + h * d, *qa = ask_action + h * d;
+        if (b + 1 < p.dreams)  // the next dream's memory is on its way while this one's is used
+          for (int which = 0; which < (G ? 1 : 2); which++) {
+            const size_t size = size_t(G ? d : past) * d;
+            const float* next = memory_of(m, p.call->memory, i, which) + ((row + 1) * m.H + h) * size;
+            for (size_t at = 0; at < size; at += 16) __builtin_prefetch(next + at);
+          }
         if (G) {
           for (int n = 0; n < N; n++) to_unit(key[n] + h * d, key[n] + h * d, d);
           if (ask_w) for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * ldq_w, qw + size_t(r) * ldq_w, d);
@@ -147,8 +146,8 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
               const float* gate = of_world ? w.gates + size_t((b * F + f) * m.P + g) * ldg : t.gates + size_t(b * F + f) * ldg;
               float* q = of_world ? qw + size_t(f * m.P + g) * ldq_w : qa + size_t(f) * ldq_a;
               const float* k = key[n] + h * d;
-              copy(value, k + inner, d);
-              delta_step(d, ldv, k, ask ? q : nullptr, value, gate[h], gate[m.H + h], state, told);
+              copy(written, k + inner, d);
+              delta_step(d, ldv, k, ask ? q : nullptr, written, gate[h], gate[m.H + h], state, told);
               if (ask) normalise(Norm{d}, 1e-2f, 1, told, ldv, q, ldv);
             }
             float* to = const_cast<float*>(memory_of(m, p.call->written, i, 0)) + (row * m.H + h) * d * d;
@@ -162,35 +161,31 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
           old_k = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * int64_t(past) * d;
           old_v = memory_of(m, p.call->memory, i, 1) + (row * m.H + h) * int64_t(past) * d;
         }
-        // keys^T and values in panels: the buffer's, then the pass's own
-        for (int from = 0; from < count; from += PANEL) {
-          float* panel = keys + size_t(from) * d;
-          const int here = std::min(PANEL, count - from);
-          if (here < PANEL) std::fill(panel, panel + size_t(d) * PANEL, 0.0f);
-          auto row = [&](int j) { return j + from < past ? old_k + size_t(j + from) * d : key[j + from - past] + h * d; };
-          transpose(row, here, d, panel, PANEL);
-        }
-        for (int from = 0; from < d; from += PANEL) {
-          const int here = std::min(PANEL, d - from);
-          float* to = values + size_t(from) * count;
-          if (here < PANEL) std::fill(to, to + size_t(count) * PANEL, 0.0f);
-          for (int j = 0; j < past; j++, to += PANEL) copy(to, old_v + size_t(j) * d + from, here);
-          for (int n = 0; n < N; n++, to += PANEL) copy(to, key[n] + inner + h * d + from, here);
-        }
         const int dead = G ? 0 : int(std::clamp<int64_t>(l.past - p.call->age[row], 0, l.past)) * group;
-        const float* bias = G ? nothing.data() : (p.noisy ? l.noisy : l.clean)[F].data() + size_t(h) * F * ldk;
         const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
-        auto ask = [&](int rows, int per, float* q, int ldq) {
-          if (!G) return attend(rows, per, q, ldq, d, keys, values, count, dead, scale, bias, scores, tmp, q, ldq);
-          multiply(rows, q, ldq, state, ldv, d, ldv, told, ldv);
-          attend(rows, rows, q, ldq, d, keys, values, count, 0, scale, bias, scores, tmp, q, ldq);
-          for (int r = 0; r < rows; r++) {
-            normalise(Norm{d}, 1e-2f, 1, told + size_t(r) * ldv, ldv, told + size_t(r) * ldv, ldv);
-            for (int j = 0; j < d; j++) q[size_t(r) * ldq + j] += told[size_t(r) * ldv + j];
+        if (G) {  // what the memory answers, before the queries become what the chunk itself answers
+          auto recall = [&](int rows, const float* q, int ldq, float* to) {
+            multiply(rows, q, ldq, state, ldv, d, ldv, to, ldv);
+            normalise(Norm{d}, 1e-2f, rows, to, ldv, to, ldv);
+          };
+          recall(F * m.P, qw, ldq_w, told);
+          if (ask_a) recall(F, qa, ldq_a, told + size_t(F) * m.P * ldv);
+        }
+        for (const Sight& s : (p.noisy ? l.noisy : l.clean)[F]) {
+          const int count = int(s.slots.size());
+          for (int j = 0; j < count; j++) {
+            const int slot = s.slots[j];
+            seen[j] = slot < past ? old_k + size_t(slot) * d : key[slot - past] + h * d;
+            value[j] = slot < past ? old_v + size_t(slot) * d : key[slot - past] + inner + h * d;
           }
-        };
-        ask(F * m.P, m.P, qw, ldq_w);
-        if (ask_a) ask(F, 1, qa, ldq_a);
+          transpose<true>([&](int j) { return seen[j]; }, count, d, keys, s.ld);
+          attend(s, h, m.P, qw + size_t(s.from) * m.P * ldq_w, ldq_w, d, keys, value.data(), dead, scale, scores);
+          if (ask_a) attend(s, h, 1, qa + size_t(s.from) * ldq_a, ldq_a, d, keys, value.data(), dead, scale, scores);
+        }
+        if (G) {
+          for (int r = 0; r < F * m.P; r++) add(qw + size_t(r) * ldq_w, told + size_t(r) * ldv, d);
+          for (int r = 0; ask_a && r < F; r++) add(qa + size_t(r) * ldq_a, told + size_t(F * m.P + r) * ldv, d);
+        }
       }
       if (!G && !p.noisy)
         for (int h = 0; h < m.H; h++)

@@ -63,20 +63,29 @@ inline float highest(vec x) {
 }
 
 inline vec exponential(vec x) {  // Cephes' expf: two ulp; NaN stays NaN, exp(-inf) is 0
-  vec n = least(most(x, all(-87.3f)), all(88.3f)) * 1.44269504f;
-  n = (n + 12582912.0f) - 12582912.0f;  // to the nearest whole number
-  vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#if defined(__AVX512F__)
+  const vec c = (vec)_mm512_min_ps((__m512)all(89.0f), _mm512_max_ps((__m512)all(-104.0f), (__m512)x));  // both keep NaN
+  const vec n = (vec)_mm512_roundscale_ps((__m512)(c * 1.44269504f), 0);
+#else
+  const vec c = least(most(x, all(-87.3f)), all(88.3f));
+  const vec n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+#endif
+  const vec r = c - n * 0.693359375f + n * 2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  vec y = p * r * r + r + 1.0f;
-  ivec scaled = (ivec)y + (__builtin_convertvector(n, ivec) << 23);
+  const vec y = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  const ivec scaled = (ivec)y + (__builtin_convertvector(n, ivec) << 23);
   vec e = x < -87.3f ? all(0.0f) : (vec)scaled;
   e = x > 88.3f ? all(std::numeric_limits<float>::infinity()) : e;
   return x != x ? x : e;
+#endif
 }
 
 inline vec logarithm(vec x) {  // Cephes' logf, of positive numbers; NaN stays NaN
@@ -130,6 +139,10 @@ inline void store(float* p, vec x, int n) {
 
 inline void copy(float* to, const float* from, int n) {
   for (int i = 0; i < n; i += V) store(to + i, load(from + i, n - i), n - i);
+}
+
+inline void add(float* to, const float* x, int n) {
+  for (int i = 0; i < n; i += V) store(to + i, load(to + i, n - i) + load(x + i, n - i), n - i);
 }
 
 // y [n] = x sigmoid(x), times y where TIMES
@@ -325,6 +338,30 @@ inline void softmax(float* x, int n) {
   for (int j = 0; j < n; j += V) store(x + j, load(x + j) * by);
 }
 
+// c [rows,d] = a [rows,count] @ the rows at v[0], v[1], ... [d]
+template <int M, int N>
+inline void blended(const float* a, int lda, const float* const* v, int count, int from, int d, float* c, int ldc) {
+  vec sums[M][N] = {};
+  for (int j = 0; j < count; j++) {
+    vec row[N];
+    for (int n = 0; n < N; n++) row[n] = load(v[j] + from + n * V, d - n * V), keep(row[n]);
+    for (int i = 0; i < M; i++)
+      for (int n = 0; n < N; n++) sums[i][n] += a[size_t(i) * lda + j] * row[n];
+  }
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < N; n++) store(c + size_t(i) * ldc + from + n * V, sums[i][n], d - n * V);
+}
+
+template <int M>
+inline void blend(int rows, const float* a, int lda, const float* const* v, int count, int d, float* c, int ldc) {
+  for (; rows >= M; rows -= M, a += size_t(M) * lda, c += size_t(M) * ldc) {
+    int from = 0;
+    for (; from + V < d; from += PANEL) blended<M, 2>(a, lda, v, count, from, d - from, c, ldc);
+    if (from < d) blended<M, 1>(a, lda, v, count, from, d - from, c, ldc);
+  }
+  if constexpr (M > 1) blend<M / 2>(rows, a, lda, v, count, d, c, ldc);
+}
+
 // --- transposes: t [columns][ldt] of the rows [columns] at row(0), row(1), ...
 
 #if defined(__AVX512F__)
@@ -343,14 +380,15 @@ inline void butterfly(vec* x) {  // one of the four stages of a 16x16 transpose
 }
 #endif
 
-template <class Row>
+// WHOLE: with zeros beyond the rows, up to a whole vector
+template <bool WHOLE = false, class Row>
 inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
   int whole = 0;
 #if defined(__AVX512F__)
   whole = columns / V * V;
   for (int r = 0; r < rows; r += V) {
     const int here = std::min(V, rows - r);
-    const __mmask16 mask = __mmask16((1u << here) - 1);
+    const __mmask16 mask = WHOLE ? __mmask16(~0u) : __mmask16((1u << here) - 1);
     for (int c = 0; c < whole; c += V) {
       vec x[V];
       for (int i = 0; i < V; i++) x[i] = i < here ? load(row(r + i) + c) : vec{};
@@ -361,6 +399,7 @@ inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
 #endif
   for (int r = 0; r < rows; r++)
     for (int c = whole; c < columns; c++) t[size_t(c) * ldt + r] = row(r)[c];
+  for (int c = whole; WHOLE && c < columns; c++) std::fill(t + size_t(c) * ldt + rows, t + size_t(c) * ldt + pad(rows), 0.0f);
 }
 
 // --- one key onto a memory S^T [d,ld], and a question to what it then holds: delta.py's recurrence, of one head

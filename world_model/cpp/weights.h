@@ -11,13 +11,19 @@ struct Stream {
   Matrix keys, queries, gates, leave;  // keys and values; queries and feed-forward
 };
 
+struct Sight {  // what the frames [from,to) see: keys of the buffer, then of the pass itself
+  int from, to, ld;
+  std::vector<int> slots;   // rising
+  std::vector<float> bias;  // what is added to the scores [H,to-from,ld], -inf where a frame doesn't see a slot
+};
+
 struct Layer {
   char letter;
   bool last;
   int past, stride;
   Stream world, action;
   std::vector<float> rate;                       // G: exp(log_rate) [H], then -1
-  std::vector<std::vector<float>> noisy, clean;  // S, D: what a query adds to its scores, by frames: [H,F,keys]
+  std::vector<std::vector<Sight>> noisy, clean;  // by frames; of G the noisy chunk among itself alone
 };
 
 struct Gated { Norm norm; Matrix enter, leave; };
@@ -79,20 +85,35 @@ Stream read_stream(Model& m, Reader& r, int width, int hidden, bool gates, bool 
   return s;
 }
 
-// Which keys a query of each frame sees and what it adds to the score of each: window.py's `visible`.
-std::vector<float> biases(const Model& m, const Layer& l, const float* offsets, int frames, bool noisy) {
-  const int group = m.group(), count = m.keys(l, frames), ld = panels(count) * PANEL, reach = l.past, ahead = m.K - 1;
-  std::vector<float> table(size_t(m.H) * frames * ld, NEVER);
-  for (int h = 0; h < m.H; h++)
-    for (int i = 0; i < frames; i++)
-      for (int j = 0; j < count; j++) {
-        const int time = j / group - l.past, limit = noisy ? 0 : i, offset = i - time;
-        const bool remembered = time < limit && offset <= reach && offset % l.stride == 0;
-        const bool together = time >= 0 && (noisy || time == i);
-        if (remembered || together)
-          table[(size_t(h) * frames + i) * ld + j] = offsets[size_t(h) * (reach + m.K) + std::clamp(offset + ahead, 0, reach + ahead)];
-      }
-  return table;
+// What the queries of each frame see and add to the scores: window.py's `visible`, of a layer that mixes by attention
+// or, where `offsets` is null, of a chunk among itself.
+std::vector<Sight> sights(const Model& m, const Layer& l, const float* offsets, int frames, bool noisy) {
+  const int group = m.group(), past = l.past, ahead = m.K - 1;
+  auto sees = [&](int i, int slot) {
+    const int time = slot / group - past, limit = noisy ? 0 : i, offset = i - time;
+    const bool remembered = time < limit && offset <= past && offset % l.stride == 0;
+    return remembered || (time >= 0 && (noisy || time == i));
+  };
+  auto looked_at = [&](int from, int to) {
+    Sight s{from, to, 0, {}, {}};
+    for (int slot = 0; slot < (past + frames) * group; slot++)
+      for (int i = from; i < to; i++)
+        if (sees(i, slot)) { s.slots.push_back(slot); break; }
+    s.ld = pad(int(s.slots.size()));
+    s.bias.assign(size_t(m.H) * (to - from) * s.ld, NEVER);
+    for (int h = 0; h < m.H; h++)
+      for (int i = from; i < to; i++)
+        for (int j = 0; j < int(s.slots.size()); j++)
+          if (sees(i, s.slots[j]))
+            s.bias[(size_t(h) * (to - from) + i - from) * s.ld + j] =
+                offsets ? offsets[size_t(h) * (past + m.K) + std::clamp(i - s.slots[j] / group + past + ahead, 0, past + ahead)] : 0.0f;
+    return s;
+  };
+  std::vector<Sight> each, whole{looked_at(0, frames)};
+  size_t apart = 0;
+  for (int i = 0; i < frames; i++) each.push_back(looked_at(i, i + 1)), apart += each.back().ld;
+  // Taps that lie apart show each frame others: then a frame at a time is less work than all that any of them sees.
+  return 2 * apart <= size_t(frames) * whole[0].ld ? each : whole;
 }
 
 // sizes in the order of Model's first line; tensors in the order of fused.py
@@ -118,9 +139,11 @@ Model* unpacked(const int32_t* sizes, const char* pattern, const float* const* t
     if (G) {
       l.rate.assign(pad(2 * x.H), -1.0f);
       for (int h = 0; h < x.H; h++) l.rate[h] = std::exp(own[h]);
-    } else {
-      l.noisy.resize(x.K + 1), l.clean.resize(x.K + 1);
-      for (int f = 1; f <= x.K; f++) l.noisy[f] = biases(x, l, own, f, true), l.clean[f] = biases(x, l, own, f, false);
+    }
+    l.noisy.resize(x.K + 1), l.clean.resize(x.K + 1);
+    for (int f = 1; f <= x.K; f++) {
+      l.noisy[f] = sights(x, l, G ? nullptr : own, f, true);
+      if (!G) l.clean[f] = sights(x, l, own, f, false);
     }
     x.layers.push_back(std::move(l));
   }
