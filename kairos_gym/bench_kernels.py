@@ -153,7 +153,7 @@ def memory() -> dict[str, Any]:
 
 def _delta_job(form: Callable[..., tuple[Tensor, Tensor]], args: list[Tensor], part: str) -> Callable[[], float]:
     count = args[1].shape[:3].numel()
-    often = max(1, 20_000 // count)
+    often = max(1, 200_000 // count)
 
     def run() -> float:
         for _ in range(often):

@@ -1,4 +1,5 @@
-// The gated delta rule for training, forward and backward, on a CPU: delta.py's chunked form, head by head in the cache.
+// The gated delta rule, forward and backward, on a CPU, head by head in the cache: forward as delta.py's recurrence,
+// backward by chunks.
 //
 // In a chunk of C keys, with c the running sum of log alpha from the chunk's start and S the memory [d,e] there:
 //   L_ij = exp(c_i - c_j) k_i.k_j (j < i)     x_i = v_i - exp(c_i) S^T k_i - sum_j L_ij u_j     u_i = beta_i x_i
@@ -172,51 +173,54 @@ struct Head {
     return rows;
   }
 
-  void leave() {  // S becomes the memory after the chunk
-    float* faded = w.tmp;
-    for (int i = 0; i < C; i++)
-      for (int e = 0; e < w.lde; e += V) store(faded + size_t(i) * w.lde + e, w.fade[i] * load(w.U + size_t(i) * w.lde + e));
-    scale(w.S, w.end, w.d * w.lde);
-    multiply<true>(w.d, w.Kt, C, faded, w.lde, C, w.lde, w.S, w.lde);
-  }
-
-  // Few keys and no gradient: key by key, as the recurrence stands
-  void stream() {
+  // Key by key, as the recurrence stands: no more work than by chunks, and the memory stays in the cache
+  void forward() {
     transpose([&](int e) { return t.state + (head * w.e + e) * w.d; }, w.e, w.d, w.S, w.lde);
     const float by = 1.0f / std::sqrt(float(w.d));
-    const float *la = t.log_alpha + head * s.T, *be = t.beta + head * s.T;
-    int r = 0;  // the reads come in the order of time
-    auto ask = [&] {
-      for (int i = 0; i < w.d; i += V) store(w.Q + i, by * load(query(s.order[r]) + i, w.d - i));
-    };
-    auto told = [&] { copy(t.out + (head * s.R + s.order[r++]) * w.e, w.O, w.e); };
-    for (int n = 0; n <= s.T; n++) {
-      if (n) {
-        const bool asked = r < s.R && s.upto[r] == n;
-        copy(w.V, value(n - 1), w.e);
-        if (asked) ask();
-        delta_step(w.d, w.lde, key(n - 1), asked ? w.Q : nullptr, w.V, std::exp(la[n - 1]), be[n - 1], w.S, w.O);
-        if (asked) told();
+    // What comes next is on its way while this is used: the next chunk's tokens (beyond the last key mostly another head
+    // begins) and the next head's memory, a little with each token.
+    const int64_t size = int64_t(w.d) * w.e, share = (size / std::min<int64_t>(C, s.T) + 15) / 16 * 16;
+    int64_t near = (head + 1) * size;
+    const int64_t far = near + size;
+    over_columns(w.d, w.e, w.lde, w.S, [&](auto& memory, int from) {
+      constexpr int WIDTH = sizeof(memory.wrote) / sizeof(float);
+      for (int64_t chunk = 0; chunk < s.chunks; chunk++) {
+        if (t.saved) {
+          memory.settle();
+          float* to = t.saved + (head * s.chunks + chunk) * w.d * w.lde + from;
+          for (int j = 0; j < w.d; j++) std::memcpy(to + size_t(j) * w.lde, memory.state + size_t(j) * w.lde, sizeof memory.wrote);
+        }
+        const int64_t first = chunk * C;
+        const int n = int(std::min<int64_t>(C, s.T - first)), last = s.first[chunk + 1];
+        const float *la = t.log_alpha + head * s.T + first, *be = t.beta + head * s.T + first;
+        for (int i = 0; i < n; i += V) store(w.c + i, exponential(load(la + i, n - i)));
+        int r = s.first[chunk];  // the reads come in the order of time
+        auto answer = [&](int r) { return t.out + (head * s.R + s.order[r]) * w.e + from; };
+        for (int i = 0; i <= n; i++) {
+          int to = r;
+          while (to < last && s.upto[to] == i) to++;
+          if (i) {
+            for (int j = 0; j < w.d; j += 16) {
+              const int64_t next = first + i - 1 + C;
+              __builtin_prefetch(key(next) + j), __builtin_prefetch(value(next) + j), __builtin_prefetch(query(next) + j);
+              __builtin_prefetch(t.out + (head * s.R + next) * w.e + j, 1);
+            }
+            for (const int64_t to = std::min(near + share, far); near < to; near += 16)
+              __builtin_prefetch(t.state + near), __builtin_prefetch(t.final + near, 1);
+            const bool one = to == r + 1;
+            memory.write(key(first + i - 1), value(first + i - 1) + from, w.c[i - 1], be[i - 1], one ? query(s.order[r]) : nullptr, by, one ? answer(r) : nullptr);
+            if (one) r = to;
+          }
+          if (r == to) continue;
+          memory.settle();
+          for (int x = r; x < to; x++)
+            for (int j = 0; j < w.d; j += V) store(w.Q + size_t(x - r) * w.ldd + j, by * load(query(s.order[x]) + j, w.d - j));
+          multiply(to - r, w.Q, w.ldd, memory.state, w.lde, w.d, WIDTH, w.O, w.lde);
+          for (int x = r; x < to; x++) copy(answer(x), w.O + size_t(x - r) * w.lde, std::min(WIDTH, w.e - from));
+          r = to;
+        }
       }
-      for (; r < s.R && s.upto[r] == n; told()) ask(), multiply(1, w.Q, w.ldd, w.S, w.lde, w.d, w.lde, w.O, w.lde);
-    }
-    transpose([&](int j) { return w.S + size_t(j) * w.lde; }, w.d, w.e, t.final + head * w.e * w.d, w.d);
-  }
-
-  void forward() {
-    if (!t.saved && s.T <= C) return stream();
-    transpose([&](int e) { return t.state + (head * w.e + e) * w.d; }, w.e, w.d, w.S, w.lde);
-    for (int64_t chunk = 0; chunk < s.chunks; chunk++) {
-      if (t.saved) std::memcpy(t.saved + (head * s.chunks + chunk) * w.d * w.lde, w.S, size_t(w.d) * w.lde * sizeof(float));
-      solve(chunk);
-      const int rows = ask(chunk);
-      multiply(rows, w.Q, w.ldd, w.S, w.lde, w.d, w.lde, w.O, w.lde);
-      for (int r = 0; r < rows; r++) scale(w.O + size_t(r) * w.lde, w.up[r], w.lde);
-      multiply<true>(rows, w.P, C, w.U, w.lde, C, w.lde, w.O, w.lde);
-      for (int r = 0; r < rows; r++)
-        copy(t.out + (head * s.R + s.order[s.first[chunk] + r]) * w.e, w.O + size_t(r) * w.lde, w.e);
-      leave();
-    }
+    });
     transpose([&](int j) { return w.S + size_t(j) * w.lde; }, w.d, w.e, t.final + head * w.e * w.d, w.d);
   }
 

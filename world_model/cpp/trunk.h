@@ -106,7 +106,6 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
   float* scores = a.take(size_t(N) * most_ld);
   float* told = a.take(size_t(N) * ldv);
   float* state = a.take(size_t(pad(d)) * ldv);
-  float* written = a.take(size_t(ldv));
   std::vector<float*> key(N);  // where each token's keys [inner] and values [inner] are
   std::vector<const float*> seen(most_keys), value(most_keys);
 
@@ -140,16 +139,17 @@ void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, 
           if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
           transpose([=](int e) { return old + size_t(e) * d; }, d, d, state, ldv);
           if (!p.noisy) {
-            for (int n = 0; n < N; n++) {
-              const int f = n / group, g = n % group;
-              const bool of_world = g < m.P, ask = of_world ? ask_w : ask_a;
-              const float* gate = of_world ? w.gates + size_t((b * F + f) * m.P + g) * ldg : t.gates + size_t(b * F + f) * ldg;
-              float* q = of_world ? qw + size_t(f * m.P + g) * ldq_w : qa + size_t(f) * ldq_a;
-              const float* k = key[n] + h * d;
-              copy(written, k + inner, d);
-              delta_step(d, ldv, k, ask ? q : nullptr, written, gate[h], gate[m.H + h], state, told);
-              if (ask) normalise(Norm{d}, 1e-2f, 1, told, ldv, q, ldv);
-            }
+            auto query = [&](int n) { return token(qw, qa, ldq_w, ldq_a, F, m.P, 0, n); };
+            auto asks = [&](int n) { return n % group < m.P ? ask_w : ask_a; };
+            over_columns(d, d, ldv, state, [&](auto& memory, int from) {
+              for (int n = 0; n < N; n++) {
+                const float *k = key[n] + h * d, *gate = token(w.gates, t.gates, ldg, ldg, F, m.P, b, n);
+                memory.write(k, k + inner + from, gate[h], gate[m.H + h], asks(n) ? query(n) : nullptr, 1.0f,
+                             told + size_t(n) * ldv + from);
+              }
+            });
+            for (int n = 0; n < N; n++)
+              if (asks(n)) normalise(Norm{d}, 1e-2f, 1, told + size_t(n) * ldv, ldv, query(n), ldv);
             float* to = const_cast<float*>(memory_of(m, p.call->written, i, 0)) + (row * m.H + h) * d * d;
             transpose([=](int j) { return state + size_t(j) * ldv; }, d, d, to, d);
             continue;

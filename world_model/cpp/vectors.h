@@ -402,44 +402,76 @@ inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
   for (int c = whole; WHOLE && c < columns; c++) std::fill(t + size_t(c) * ldt + rows, t + size_t(c) * ldt + pad(rows), 0.0f);
 }
 
-// --- one key onto a memory S^T [d,ld], and a question to what it then holds: delta.py's recurrence, of one head
+// --- keys onto a memory S^T [d,ld], one after the other: delta.py's recurrence, of one head
 
+// N vectors of the memory's columns, of which `e` count. What a key writes waits for the next pass over the memory, which
+// reads for the next key in the same go; how far all has decayed is a factor beside it.
 template <int N>
-inline void delta_columns(int d, int ld, const float* k, const float* q, float both, float* value, float alpha, float beta,
-                          float* state, float* told) {
-  vec a[2][N] = {}, b[2][N] = {};  // two sums each: none waits for another
-  const float* s = state;
-  int j = 0;
-  for (; j + 2 <= d; j += 2)
-    for (int u = 0; u < 2; u++, s += ld)
-      for (int n = 0; n < N; n++) {
-        const vec x = load(s + n * V);
-        a[u][n] += k[j + u] * x;
-        if (q) b[u][n] += q[j + u] * x;
-      }
-  if (j < d)
-    for (int n = 0; n < N; n++) {
-      const vec x = load(s + n * V);
-      a[0][n] += k[j] * x;
-      if (q) b[0][n] += q[j] * x;
-    }
-  vec w[N];
-  for (int n = 0; n < N; n++) {
-    w[n] = (load(value + n * V) - alpha * (a[0][n] + a[1][n])) * beta;
-    store(value + n * V, w[n]);
-    if (q) store(told + n * V, alpha * (b[0][n] + b[1][n]) + both * w[n]);
-  }
-  for (j = 0; j < d; j++, state += ld)
-    for (int n = 0; n < N; n++) store(state + n * V, alpha * load(state + n * V) + k[j] * w[n]);
-}
+struct Columns {
+  int d, ld, e;
+  float* state;
+  const float* key = nullptr;  // that waits
+  vec wrote[N] = {};           // what it writes, over `left`
+  float left = 1;
 
-// value [ld] comes back as what was written; told [ld] answers `q` where there is one.
-inline void delta_step(int d, int ld, const float* k, const float* q, float* value, float alpha, float beta, float* state,
-                       float* told) {
-  const float both = q ? dot(k, q, d) : 0.0f;
-  int e = 0;
-  for (; e + PANEL <= ld; e += PANEL) delta_columns<2>(d, ld, k, q, both, value + e, alpha, beta, state + e, told + e);
-  if (e < ld) delta_columns<1>(d, ld, k, q, both, value + e, alpha, beta, state + e, told + e);
+  template <bool WAITS, bool ASKED>
+  void pass(const float* k, const float* q, vec* for_key, vec* for_query) {
+    vec a[2][N] = {}, b[2][N] = {};  // two sums each: none waits for another
+    vec w[N];  // in registers: for all that the compiler knows a store may change what is in memory
+    for (int n = 0; n < N; n++) w[n] = wrote[n];
+    const float* const before = key;
+    const int rows = d;
+    float* s = state;
+    auto row = [&](int j, int u) {
+      vec of_key = all(k[j]), of_query{}, of_before{};
+      keep(of_key);
+      if (ASKED) of_query = all(q[j]), keep(of_query);
+      if (WAITS) of_before = all(before[j]), keep(of_before);
+      for (int n = 0; n < N; n++) {
+        vec x = load(s + n * V);
+        if (WAITS) x += of_before * w[n], store(s + n * V, x);
+        a[u][n] += of_key * x;
+        if (ASKED) b[u][n] += of_query * x;
+      }
+      s += ld;
+    };
+    int j = 0;
+    for (; j + 2 <= rows; j += 2) row(j, 0), row(j + 1, 1);
+    if (j < rows) row(j, 0);
+    for (int n = 0; n < N; n++) for_key[n] = a[0][n] + a[1][n], for_query[n] = b[0][n] + b[1][n];
+  }
+
+  // A key [d] and its value [e]; told [e] answers `q`, where there is one, times `by`. The key must live until it is settled.
+  void write(const float* k, const float* value, float decay, float beta, const float* q, float by, float* told) {
+    left *= decay;
+    if (left < 1e-9f) settle();  // before what is divided by it overflows
+    vec mine[N], asked[N];
+    if (key) q ? pass<true, true>(k, q, mine, asked) : pass<true, false>(k, q, mine, asked);
+    else q ? pass<false, true>(k, q, mine, asked) : pass<false, false>(k, q, mine, asked);
+    key = k;
+    const float both = q ? dot(k, q, d) : 0.0f, over = 1.0f / left;
+    for (int n = 0; n < N; n++) {
+      const vec x = (load(value + n * V, e - n * V) - left * mine[n]) * beta;
+      if (q) store(told + n * V, (left * asked[n] + both * x) * by, e - n * V);
+      wrote[n] = x * over;
+    }
+  }
+
+  void settle() {
+    float* s = state;
+    for (int j = 0; j < d; j++, s += ld)
+      for (int n = 0; n < N; n++) store(s + n * V, left * (key ? load(s + n * V) + key[j] * wrote[n] : load(s + n * V)));
+    key = nullptr, left = 1;
+  }
+};
+
+// Calls each(columns, from) for all columns of a memory of e, and settles what waits
+template <class Each>
+inline void over_columns(int d, int e, int ld, float* state, Each each) {
+  auto some = [&](auto columns, int from) { each(columns, from), columns.settle(); };
+  int from = 0;
+  for (; from + V < e; from += PANEL) some(Columns<2>{d, ld, e - from, state + from}, from);
+  if (from < e) some(Columns<1>{d, ld, e - from, state + from}, from);
 }
 
 // --- working memory
