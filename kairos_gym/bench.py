@@ -47,7 +47,7 @@ def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> di
     else:
         train = replace(recipe.train, seed=seed)
         if form == "plain":  # nearly all of the time goes to the transformer; 500 updates teach it rewards
-            train = replace(train, draft_steps=500, steps=2300)
+            train = replace(train, draft_steps=500, steps=10_000)
         shape = config(recipe, have.spec, draft=form == "kairos")
         model = fit(shape, have.spec, have.train, train, out=out / f"{task}-{form}-{seed}")
         updates, cpu = train.draft_steps + train.steps, model.card["fit"]["cpu_seconds"]
