@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kairos_gym.bench_env import endurance, env
-from kairos_gym.bench_kernels import memory, step, updates
+from kairos_gym.bench_kernels import memory, speed, step, updates
 from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_trust import trust
 from kairos_gym.models import load
@@ -223,5 +223,20 @@ def _mean(values: Iterable[float]) -> str:
 
 COMMANDS = {
     f.__name__: f
-    for f in (models, recall, floor, control, env, endurance, trust, lift, lift_speed, memory, step, updates, table)
+    for f in (
+        models,
+        recall,
+        floor,
+        control,
+        env,
+        endurance,
+        trust,
+        lift,
+        lift_speed,
+        memory,
+        step,
+        speed,
+        updates,
+        table,
+    )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import statistics
 import sys
@@ -14,12 +15,16 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from kairos_gym.bench_kernels import kernels_of
 from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.models import load
 from kairos_gym.report import Cell, as_text, machine
 from world_model.contract import Imagined, Spec
+from world_model.model import WorldModel
+from world_model.mot import Block
 from world_model.state import LatentState
 
 SIZES = {1: 1000, 16: 600, 64: 300, 256: 100, 1024: 30}  # dreams: steps in a round
@@ -121,12 +126,15 @@ def _row(model: Any, batch: int, steps: int) -> dict[str, Any]:
 def endurance(model: str | None = None, dreams: int = 64, steps: int = 100_000) -> dict[str, Any]:
     """Many steps of many dreams: the bytes of their state, resident memory, and what a step costs early and late.
 
+    Milliseconds a step are medians of the first tenth, of all and of the last tenth. Of a world model also beside what one dream costs whose layers are full attention with a cache of all frames.
+
     Args:
         model: a shipped model or a folder; left out, a tiny MLP (2x256)
         dreams: how many side by side
         steps: how many of each
     """
-    vector = DreamVectorEnv(load(model) if model else TinyMLP(), dreams, max_episode_steps=1000)
+    world: Any = load(model) if model else TinyMLP()
+    vector = DreamVectorEnv(world, dreams, max_episode_steps=10**9)
     vector.reset(seed=0)
     vector.action_space.seed(0)
     actions = [vector.action_space.sample() for _ in range(64)]
@@ -139,6 +147,7 @@ def endurance(model: str | None = None, dreams: int = 64, steps: int = 100_000) 
         seconds.append((time.thread_time() - began) / edge)
         finite &= bool(np.isfinite(obs).all())
         memory.append(_resident())
+    tenth = max(1, len(seconds) // 10)
     row = {
         "bench": "endurance",
         "model": model or "MLP 2x256",
@@ -146,11 +155,70 @@ def endurance(model: str | None = None, dreams: int = 64, steps: int = 100_000) 
         "steps": steps,
         "state_bytes": (size, vector.state.nbytes),
         "resident_mb": (memory[len(memory) // 10], memory[-1]),
-        "ms_a_step": (1000 * seconds[0], 1000 * statistics.median(seconds), 1000 * seconds[-1]),
+        "ms_a_step": [1000 * statistics.median(part) for part in (seconds[:tenth], seconds, seconds[-tenth:])],
         "finite": finite,
         "machine": machine(),
     }
+    if model:
+        frames = [n for n in (100, 1000, 10_000, 100_000) if n <= max(steps, 100)]
+        row["one_dream_after_frames"] = [_beside_full_attention(world, n) for n in frames]
     return row
+
+
+class FullAttention(Block):
+    """A layer of the same weights that attends to every frame there ever was: keys and values are kept for good."""
+
+    past_keys: Tensor  # [2,1,H,room,d]: keys and values, of which `kept` are written
+    kept: int
+
+    def fill(self, frames: int) -> None:
+        """As if ``frames`` frames had been seen; a cheap cache, which is written in place and never copied."""
+        room = (frames + 1000) * self.group
+        self.past_keys, self.kept = torch.randn(2, 1, self.heads, room, self.dim), frames * self.group
+
+    def bytes(self, frames: int) -> int:
+        return 2 * frames * self.group * self.heads * self.dim * 4
+
+    def _mixed(self, qkv_w: Tensor, qkv_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        layout, memory = rest[2], rest[3]
+        q, k, v = self._tokens(qkv_w, qkv_a)
+        seen = self.kept + k.shape[2]
+        self.past_keys[0, :, :, self.kept : seen], self.past_keys[1, :, :, self.kept : seen] = k, v
+        mixed = F.scaled_dot_product_attention(q, *self.past_keys[:, :, :, :seen])
+        if layout.clean:
+            self.kept = seen
+        mixed_w, mixed_a = (
+            mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
+        )
+        return mixed_w, mixed_a, memory
+
+
+def _beside_full_attention(world: WorldModel, frames: int) -> dict[str, Any]:
+    """Milliseconds an imagined chunk of one dream that has seen so many frames, and the bytes of its memory."""
+    full, layers = copy.deepcopy(world), list[FullAttention]()
+    for block in full.trunk.blocks:
+        block.__class__ = FullAttention
+        assert isinstance(block, FullAttention)
+        block.fill(frames)
+        layers.append(block)
+    low, high = world.scaling.action_low, world.scaling.action_high
+    chunk = torch.zeros(1, world.config.chunk, world.config.action_dim).clamp(low, high)
+    begun = world.observe(world.initial(1), torch.zeros(1, 1, world.config.obs_dim))
+    contenders = {"full attention, torch": (full, "torch"), "ours, torch": (world, "torch"), "ours": (world, "auto")}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for name, (model, kernels) in contenders.items():
+                with kernels_of(kernels):
+                    state, began = begun, time.thread_time()
+                    for _ in range(5):
+                        state, _ = model.imagine(state, chunk)
+                    seconds[name].append((time.thread_time() - began) / 5)
+    return {
+        "frames": frames,
+        "bytes": {"full attention": sum(layer.bytes(frames) for layer in layers), "ours": begun.nbytes},
+        "ms": {name: 1000 * statistics.median(times) for name, times in seconds.items()},
+    }
 
 
 def _resident() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import statistics
 import time
@@ -207,7 +208,7 @@ def updates() -> dict[str, Any]:
 
     def updating(run: Run, first: int, kernels: str) -> Callable[[], float]:
         def some() -> float:
-            with _kernels(kernels):
+            with kernels_of(kernels):
                 for i in range(40):  # all chunk lengths alike
                     run.update(first + i)
             return 40.0
@@ -226,6 +227,36 @@ def updates() -> dict[str, Any]:
         "over_torch": {p: _ratio(rates[f"{p}, native"], rates[f"{p}, torch"]) for p in ("draft", "memory")},
         "machine": machine(),
     }
+
+
+def speed(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/kernels.svg")) -> None:
+    """Draw what ``memory`` and ``step`` measured last."""
+    from matplotlib.figure import Figure
+
+    rows = {row["bench"]: row for row in map(json.loads, path.read_text().splitlines()) if "bench" in row}
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    dark, blue, orange = "#1c2430", "#2563a8", "#c2410c"
+    shapes = [row for row in rows["memory"]["rows"] if row["dreams"] > 1]
+    at = range(len(shapes))
+    for column, colour, name in (("forward", blue, "compiled"), ("torch_forward", orange, "the best form in torch")):
+        left.plot(at, [row[column] / row["floor"] for row in shapes], "o", color=colour, label=name)
+    left.axhline(1, color=dark, linewidth=1, label="the machine's limit")
+    left.set_xticks(at, [f"{row['what']}\nB={row['dreams']}\nT={row['tokens']}" for row in shapes], fontsize=6)
+    left.set(yscale="log", ylabel="time over the limit", title="the delta rule, forward")
+    for layers, style in (("SG", "-"), ("SGDG", "--")):
+        mine = [row for row in rows["step"]["rows"] if row["layers"] == layers]
+        dreams = [row["dreams"] for row in mine]
+        for column, colour, name in (("steps_per_cpu_second", blue, "compiled"), ("torch", orange, "torch")):
+            right.plot(dreams, [row[column] for row in mine], style, color=colour, label=f"{layers}, {name}")
+        limit = statistics.median(row["steps_per_cpu_second"] * row["floor_over_ours"] for row in mine)
+        right.axhline(limit, color=dark, linestyle=style, linewidth=1, label=f"{layers}, arithmetic alone")
+    right.axhline(rows["step"]["mujoco_rollout"], color="#15803d", linewidth=1, label="mujoco.rollout")
+    right.set(xscale="log", yscale="log", xlabel="dreams", ylabel="env steps a CPU-second", title="a whole step")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    figure.savefig(out, metadata={"Date": None})
 
 
 def _keys(batch: int, heads: int, tokens: int, d: int) -> list[Tensor]:
@@ -262,7 +293,7 @@ def _arithmetic() -> Callable[[], float]:
 
 
 @contextmanager
-def _kernels(choice: str) -> Iterator[None]:
+def kernels_of(choice: str) -> Iterator[None]:
     before = os.environ.get("KAIROS_KERNELS")
     os.environ["KAIROS_KERNELS"] = choice
     try:
@@ -283,7 +314,7 @@ def _dreaming(world: WorldModel, batch: int, chunk: int, kernels: str) -> Callab
 
     def run() -> float:
         dream = state
-        with _kernels(kernels), torch.inference_mode():
+        with kernels_of(kernels), torch.inference_mode():
             for _ in range(steps):
                 dream, _ = world.imagine(dream, actions)
         return float(steps * batch * chunk)

@@ -1,0 +1,160 @@
+"""The gated delta rule of Kairos Gym beside flash-linear-attention's: its reference on a CPU, its kernels on a GPU.
+
+From the root of the repository (torch 2.13.0's build for CUDA where there is a GPU):
+
+    python3 -m venv /tmp/fla
+    /tmp/fla/bin/pip install torch==2.13.0 triton==3.7.1 numpy==1.26.4 packaging==25.0
+    /tmp/fla/bin/pip install --no-deps fla-core==0.6.0 einops==0.8.2
+    OMP_NUM_THREADS=1 PYTHONPATH=. /tmp/fla/bin/python benchmarks/peers/delta.py
+
+Unit keys, d = 32, float32, a memory to begin with, and the memory wanted afterwards. Each has its tensors in the layout
+that it likes, and both must come to the same answers, memories and gradients before anything is timed. On a GPU from 8
+to 8,192 heads and 1 to 8,192 keys: "forward" without gradients, where flash-linear-attention has a kernel for streaming
+and one that works by chunks, of which the faster counts, and "both" ways by its chunks. On a CPU it has references
+alone, which say what they compute rather than to be fast: the faster of the two counts too. Median of several turns,
+by events on a GPU, by the thread's CPU time on a CPU.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+warnings.filterwarnings("ignore")  # that there is no GPU is said below
+
+from fla.ops.gated_delta_rule import naive  # noqa: E402
+
+from world_model.delta import delta  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+D = 32
+Form = Callable[..., tuple[Tensor, Tensor]]
+
+
+def peers(keys: int) -> dict[str, tuple[Form, tuple[str, ...]]]:
+    """What flash-linear-attention has, and which parts of the work each can do."""
+    if not GPU:
+        recurrent: Any = naive.naive_recurrent_gated_delta_rule
+        return {
+            "reference": (recurrent, ("forward",)),
+            "chunks": (naive.naive_chunk_gated_delta_rule, ("forward", "both")),
+        }
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    forms: dict[str, tuple[Form, tuple[str, ...]]] = {"recurrent": (fused_recurrent_gated_delta_rule, ("forward",))}
+    if keys > 1:
+        forms["chunks"] = (chunk_gated_delta_rule, ("forward", "both"))
+    return forms
+
+
+def inputs(batch: int, heads: int, keys: int) -> dict[str, Tensor]:
+    """In our layout: q, k, v [B,H,T,d], g (log alpha) and beta [B,H,T], state [B,H,e,d]."""
+    torch.manual_seed(0)
+    q, k = F.normalize(torch.randn(2, batch, heads, keys, D, device=DEVICE), dim=-1)
+    v, state = torch.randn(batch, heads, keys, D, device=DEVICE), torch.randn(batch, heads, D, D, device=DEVICE)
+    g, beta = -0.1 * torch.rand(batch, heads, keys, device=DEVICE), torch.rand(batch, heads, keys, device=DEVICE)
+    return {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
+
+
+def ours(have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+    leaves = [x.clone().requires_grad_() for x in have.values()]
+    return partial(delta, *leaves), leaves
+
+
+def theirs(form: Form, have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+    leaves = [x.mT if name == "state" else x.transpose(1, 2) for name, x in have.items()]
+    leaves = [x.contiguous().requires_grad_() for x in leaves]
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    return partial(form, **dict(zip(names, leaves, strict=True)), output_final_state=True), leaves
+
+
+def job(run: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor], part: str) -> Callable[[], list[Tensor]]:
+    """Once forward, or both ways with gains of one; gives outputs, memory and gradients."""
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return list(run())
+
+    def both() -> list[Tensor]:
+        out = run()
+        return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])]
+
+    return forward if part == "forward" else both
+
+
+def check(mine: list[Tensor], others: list[Tensor]) -> None:
+    """The same in the two layouts: outputs and memory, then what the six tensors gain."""
+    for i, (a, b) in enumerate(zip(mine, others, strict=True)):
+        b = b.mT if i in (1, 7) else b.transpose(1, 2)
+        torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=2e-3)
+
+
+def seconds(jobs: dict[str, Callable[[], list[Tensor]]], turns: int = 9) -> dict[str, float]:
+    """Of one call, median of ``turns``, in which the contenders alternate."""
+    often = {}
+    for name, run in jobs.items():  # warms up, and tells how often it goes into a turn of some 20 ms
+        run()
+        often[name] = max(1, min(200, int(0.02 / max(timed(run, 1), 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(turns):
+        for name in list(jobs)[:: 1 if turn % 2 else -1]:
+            taken[name].append(timed(jobs[name], often[name]))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def timed(run: Callable[[], list[Tensor]], often: int) -> float:
+    if not GPU:
+        began = time.thread_time()
+        for _ in range(often):
+            run()
+        return (time.thread_time() - began) / often
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(often):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / often
+
+
+def row(batch: int, heads: int, keys: int, part: str) -> None:
+    have = inputs(batch, heads, keys)
+    jobs = {"ours": job(*ours(have), part)}
+    jobs |= {name: job(*theirs(form, have), part) for name, (form, parts) in peers(keys).items() if part in parts}
+    for name in set(jobs) - {"ours"}:
+        check(jobs["ours"](), jobs[name]())
+    times = seconds(jobs)
+    best = min((name for name in times if name != "ours"), key=times.__getitem__)
+    mine, other = (times[name] * 1e9 / (batch * heads * keys) for name in ("ours", best))
+    cells = (part, batch * heads, keys, f"{mine:.4g}", f"{other:.4g} ({best})", f"{other / mine:.2f}x")
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def main() -> None:
+    where = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, no GPU"
+    print(f"{where}; torch {torch.__version__}, fla-core {version('fla-core')}; {date.today()}\n")
+    print("| | heads | keys | ours, ns a key and head | flash-linear-attention | ours is faster by |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    sizes = [(h, t) for h in (8, 64, 512, 8192) for t in (1, 4, 16, 64, 256, 1024, 8192) if h * t <= 1 << 23]
+    if not GPU:
+        sizes = [(h, t) for h in (8, 256) for t in (1, 16, 64, 256)]
+    for heads, keys in sizes:
+        for part in ("forward", "both"):
+            if part == "forward" or keys >= 64:
+                row(max(1, heads // 4), min(heads, 4), keys, part)
+
+
+if __name__ == "__main__":
+    main()
