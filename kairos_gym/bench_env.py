@@ -126,7 +126,8 @@ def _row(model: Any, batch: int, steps: int) -> dict[str, Any]:
 def endurance(model: str | None = None, dreams: int = 64, steps: int = 100_000) -> dict[str, Any]:
     """Many steps of many dreams: the bytes of their state, resident memory, and what a step costs early and late.
 
-    Milliseconds a step are medians of the first tenth, of all and of the last tenth. Of a world model also beside what one dream costs whose layers are full attention with a cache of all frames.
+    Milliseconds a step are medians of the first tenth, of all and of the last tenth. Of a world model also beside what
+    one dream costs whose layers are full attention with a cache of all frames.
 
     Args:
         model: a shipped model or a folder; left out, a tiny MLP (2x256)

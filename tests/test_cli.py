@@ -229,6 +229,9 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     main(["bench", "endurance", "--model", "pendulum", "--dreams", "2", "--steps", "50"])
     row = json.loads(capsys.readouterr().out)
     assert row["state_bytes"][0] == row["state_bytes"][1] > 0 and row["finite"]
+    (one,) = row["one_dream_after_frames"]
+    assert one["frames"] == 100
+    assert one["bytes"]["full attention"] == 2 * 2 * 100 * 2 * 64 * 4  # layers, keys and values, frames, tokens, floats
 
 
 def test_the_demo_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
