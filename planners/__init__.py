@@ -2,9 +2,23 @@
 
 from planners.base import Plan, Planner, RewardFn, score
 from planners.cem import CEM
+from planners.gradient import Gradient
+from planners.icem import ICEM
 from planners.mpc import MPC
 from planners.mppi import MPPI
 from planners.proposed import Proposed
 from planners.shooting import RandomShooting
 
-__all__ = ["CEM", "MPC", "MPPI", "Plan", "Planner", "Proposed", "RandomShooting", "RewardFn", "score"]
+__all__ = [
+    "CEM",
+    "ICEM",
+    "MPC",
+    "MPPI",
+    "Gradient",
+    "Plan",
+    "Planner",
+    "Proposed",
+    "RandomShooting",
+    "RewardFn",
+    "score",
+]

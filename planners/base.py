@@ -24,6 +24,7 @@ class Plan(NamedTuple):
 
     actions: Tensor  # [B,H,K,A], in the units of spec.action_space and within its bounds
     value: Tensor  # [B]
+    elites: Tensor | None = None  # [B,E,H,K,A], good candidates, from planners that go on with them (NaN: unknown)
 
     def shifted(self, last: Tensor) -> Plan:
         """The plan one chunk later: the first chunk is gone, action ``last`` [A] fills the one that comes in.
@@ -31,8 +32,12 @@ class Plan(NamedTuple):
         MPC fills in the middle of the bounds: on the toys it serves CEM 1 to 5% better than to hold the old last
         chunk, and makes no difference elsewhere.
         """
-        actions = torch.cat([self.actions[:, 1:], last.expand_as(self.actions[:, :1])], dim=1)
-        return Plan(actions, torch.full_like(self.value, -torch.inf))
+
+        def later(actions: Tensor) -> Tensor:
+            return torch.cat([actions[..., 1:, :, :], last.expand_as(actions[..., :1, :, :])], dim=-3)
+
+        elites = None if self.elites is None else later(self.elites)
+        return Plan(later(self.actions), torch.full_like(self.value, -torch.inf), elites)
 
 
 class Planner(Protocol):
@@ -77,6 +82,20 @@ def score(
     observations, beginning with ``obs`` [B,O], the present one. No gradients. Raises ValueError on shapes that don't
     fit.
     """
+    with torch.no_grad():
+        return returns(dynamics, state, candidates, discount=discount, obs=obs, reward_fn=reward_fn)
+
+
+def returns(
+    dynamics: Dynamics,
+    state: LatentState,
+    candidates: Tensor,
+    *,
+    discount: float,
+    obs: Tensor | None,
+    reward_fn: RewardFn | None,
+) -> Tensor:
+    """``score`` with the gradients that the dynamics pass on to the candidates."""
     actions_dim = dynamics.spec.action_box.shape[0]
     if candidates.ndim != 5 or candidates.shape[0] != state.batch or candidates.shape[-1] != actions_dim:
         raise ValueError(
@@ -93,12 +112,11 @@ def score(
 
     n = candidates.shape[1]
     rows = torch.arange(state.batch, device=candidates.device).repeat_interleave(n)
-    with torch.no_grad():
-        returns = [
-            _dream(dynamics, state.select(at), actions, discount, None if obs is None else obs[at], reward_fn)
-            for at, actions in zip(rows.split(MAX_DREAMS), candidates.flatten(0, 1).split(MAX_DREAMS), strict=True)
-        ]
-        return torch.cat(returns).view(-1, n)
+    earned = [
+        _dream(dynamics, state.select(at), actions, discount, None if obs is None else obs[at], reward_fn)
+        for at, actions in zip(rows.split(MAX_DREAMS), candidates.flatten(0, 1).split(MAX_DREAMS), strict=True)
+    ]
+    return torch.cat(earned).view(-1, n)
 
 
 def _dream(
@@ -130,8 +148,8 @@ def _dream(
     counts = ended.cumsum(1) == ended  # no termination before this step; the terminating step itself still counts
     weight = discount ** torch.arange(reward.shape[1], device=reward.device, dtype=reward.dtype)
     # Masked before it is weighed: what follows a termination is meaningless and may well be NaN.
-    returns = torch.where(counts, reward, 0.0) @ weight
-    return torch.where(returns.isfinite(), returns, -torch.inf)
+    earned = torch.where(counts, reward, 0.0) @ weight
+    return torch.where(earned.isfinite(), earned, -torch.inf)
 
 
 class Search(NamedTuple):
@@ -151,6 +169,17 @@ class Search(NamedTuple):
         """Standard normal noise [B,n,H,K,A]; row b is drawn from generator b alone."""
         shape = (n, *self.mean.shape[1:])
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
+
+    def coloured(self, n: int, exponent: float) -> Tensor:
+        """Normal noise of unit variance whose power over frequency f falls as f**-exponent along the H*K steps."""
+        white = self.normal(n).flatten(2, 3)
+        frequency = torch.fft.rfftfreq(white.shape[2], device=white.device)
+        frequency[0] = frequency[1] if len(frequency) > 1 else 1.0
+        weight = frequency ** (-exponent / 2)
+        # By the spectrum of both signs: all frequencies but the first, and the last of an even number, stand for two.
+        power = torch.cat([weight, weight[1 : (white.shape[2] + 1) // 2]]).square().mean()
+        spectrum = torch.fft.rfft(white, dim=2) * (weight / power.sqrt())[:, None]
+        return torch.fft.irfft(spectrum, n=white.shape[2], dim=2).unflatten(2, self.mean.shape[1:3])
 
     def uniform(self, n: int) -> Tensor:
         """Noise uniform in [0,1), [B,n,H,K,A]; row b is drawn from generator b alone."""
@@ -180,6 +209,18 @@ def begin(
         raise ValueError(f"seed must be one int or int64 [B] with B={state.batch}, got shape {list(seeds.shape)}")
     generators = [torch.Generator(device).manual_seed(s) for s in seeds.expand(state.batch).tolist()]
     return Search(low, high, mean, generators)
+
+
+def refit(elites: Tensor, values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The normal of the best candidates [B,E,H,K,A], whose returns are ``values`` [B,E] -> its mean and std [B,H,K,A].
+
+    With fewer finite returns than elites, the finite ones alone set the mean (``mean`` stays where there is none), but
+    all set the std: it would collapse around the first few finds.
+    """
+    finite = values.isfinite()
+    count = finite.sum(1)[:, None, None, None]
+    total = torch.einsum("be,behka->bhka", finite.to(elites.dtype), elites)
+    return torch.where(count > 0, total / count, mean), elites.std(1, correction=0)
 
 
 def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planners.base import Plan, RewardFn, begin, require_positive, score
+from planners.base import Plan, RewardFn, begin, refit, require_positive, score
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -71,12 +71,7 @@ class CEM:
             if iteration + 1 == self.iterations:
                 break  # nobody would dream another refit
             elites = samples[row[:, None], order]
-            # With fewer finite returns than elites, the finite ones alone set the mean, but all set the std: it would
-            # collapse around the first few finds.
-            finite = values.isfinite()
-            count = finite.sum(1)[:, None, None, None]
-            total = torch.einsum("be,behka->bhka", finite.to(elites.dtype), elites)
+            mean, std = refit(elites, values, mean)
             # Clamped, since rounding may take the mean of equal actions past their bound.
-            mean = torch.where(count > 0, total / count, mean).clamp_(search.low, search.high)
-            std = elites.std(1, correction=0).clamp_(min_std)
+            mean, std = mean.clamp_(search.low, search.high), std.clamp_(min_std)
         return best

@@ -146,7 +146,8 @@ class MPC:
         middle = (low + high) / 2
         warm = self.plan.shifted(middle)
         fresh = self._fresh.to(low.device)[:, None, None, None]
-        return warm._replace(actions=torch.where(fresh, middle, warm.actions))
+        elites = None if warm.elites is None else torch.where(fresh[:, None], torch.nan, warm.elites)
+        return warm._replace(actions=torch.where(fresh, middle, warm.actions), elites=elites)
 
     def _checked(
         self, name: str, values: object, single: bool, rows: Tensor | None = None, steps: int | None = None

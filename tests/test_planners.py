@@ -1,5 +1,6 @@
 """The planners find known optima, keep the bounds, repeat themselves exactly, and MPC feeds the memory in order."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from toys import LQR, PointMass, TinyMLP, ToyDynamics, box_spec
 
 import planners.base
-from planners import CEM, MPC, MPPI, Plan, Planner, Proposed, RandomShooting, score
+from planners import CEM, ICEM, MPC, MPPI, Gradient, Plan, Planner, Proposed, RandomShooting, score
 from world_model.contract import Dynamics, Imagined
 from world_model.state import LatentState
 
@@ -22,6 +23,8 @@ SMALL: list[Planner] = [
     RandomShooting(horizon=3, chunk=2, candidates=32),
     CEM(horizon=3, chunk=2, candidates=32, elites=6, iterations=3),
     MPPI(horizon=3, chunk=2, candidates=32, iterations=3),
+    ICEM(horizon=3, chunk=2, candidates=32, elites=6, iterations=3),
+    Gradient(horizon=3, chunk=2, starts=6, iterations=5),
 ]
 each_planner = pytest.mark.parametrize("planner", SMALL, ids=lambda p: type(p).__name__)
 
@@ -82,6 +85,10 @@ PATIENT: list[Planner] = [
     MPPI(horizon=6, candidates=1000, iterations=30, decay=0.9),
     CEM(horizon=2, chunk=3, candidates=1000, elites=50, iterations=25, min_std=0.002),
     MPPI(horizon=2, chunk=3, candidates=1000, iterations=30, decay=0.9),
+    ICEM(horizon=6, candidates=1000, elites=50, iterations=25, min_std=0.002, colour=0.5, shrink=1.0),
+    ICEM(horizon=2, chunk=3, candidates=1000, elites=50, iterations=25, min_std=0.002, colour=0.5, shrink=1.0),
+    Gradient(horizon=6, iterations=60, lr=0.05),
+    Gradient(horizon=2, chunk=3, iterations=60, lr=0.05),
 ]
 POINT_STARTS = torch.tensor([[0.8, -0.4], [-0.3, 0.6]])
 LQR_STARTS = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [0.5, 0.5]])
@@ -222,7 +229,8 @@ def test_no_action_leaves_the_bounds(
         """Pulls towards a corner of the box, and looks at every action that it is given."""
 
         def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            assert (u.numpy() >= space.low).all() and (u.numpy() <= space.high).all()
+            played = u.detach().numpy()
+            assert (played >= space.low).all() and (played <= space.high).all()
             return x, pull * u.sum(-1)
 
     toy = Guarded(replace(box_spec(1, len(low)), action_space=space))
@@ -270,7 +278,7 @@ def test_a_row_plans_the_same_alone_as_in_a_batch(planner: Planner) -> None:
     together = planner.plan(toy, state, seed=seeds, warm=warm)
     for b in range(3):
         row = torch.tensor([b])
-        alone = planner.plan(toy, state.select(row), seed=seeds[row], warm=Plan(*(part[row] for part in warm)))
+        alone = planner.plan(toy, state.select(row), seed=seeds[row], warm=Plan(warm.actions[row], warm.value[row]))
         torch.testing.assert_close(alone.actions[0], together.actions[b])
         torch.testing.assert_close(alone.value[0], together.value[b])
 
@@ -283,6 +291,50 @@ def test_a_warm_start_is_only_left_for_something_better(planner: Planner) -> Non
     plan = planner.plan(toy, state, warm=best)
     torch.testing.assert_close(plan.value, toy.optimal_return(state["x"], 6))
     assert planner.plan(toy, state).value < plan.value
+
+
+def test_the_colour_of_noise() -> None:
+    """Unit variance whatever the colour; the power at f is f**-exponent, so that slow noise goes further."""
+    toy = PointMass(1)
+    for exponent, (horizon, chunk) in itertools.product((0.0, 1.0, 2.0), ((8, 4), (11, 3), (1, 1), (1, 2))):
+        search = planners.base.begin(toy, toy.start([[0.0]]), horizon, chunk, None, 0)
+        noise = search.coloured(20_000, exponent)[0, ..., 0].flatten(1)
+        assert noise.shape == (20_000, horizon * chunk)
+        torch.testing.assert_close(noise.var(0), torch.ones(horizon * chunk), rtol=0.06, atol=0)
+        if horizon > 1:
+            power = torch.fft.rfft(noise)[:, 1:].abs().square().mean(0)[: horizon * chunk // 2 - 1]
+            expected = torch.arange(1, len(power) + 1) ** -exponent
+            torch.testing.assert_close(power / power[0], expected, rtol=0.1, atol=0)
+
+
+def test_icem_goes_on_with_its_elites() -> None:
+    """What was good a chunk ago is a candidate again, shifted; a row that begins anew knows of none."""
+    toy, planner = PointMass(2), ICEM(horizon=3, chunk=2, candidates=32, elites=10, iterations=3)
+    first = planner.plan(toy, toy.start([[0.5, 0.1], [0.2, 0.2]]))
+    assert first.elites is not None and first.elites.shape == (2, 3, 3, 2, 2)
+    later = first.shifted(torch.zeros(2))
+    assert later.elites is not None
+    assert torch.equal(later.elites[:, :, :2], first.elites[:, :, 1:]) and not later.elites[:, :, 2].any()
+
+    class Only(ToyDynamics):
+        """Pays for one sequence of actions alone."""
+
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x, -(u - 0.123).abs().sum(-1)
+
+    only = Only(box_spec(1, 1))
+    known = Plan(torch.zeros(1, 2, 1, 1), torch.zeros(1), torch.full((1, 3, 2, 1, 1), 0.123))
+    found = ICEM(horizon=2, candidates=10, elites=10, iterations=1).plan(only, only.initial(1), warm=known)
+    assert found.value == 0 and torch.equal(found.actions, known.elites[:, 0])  # type: ignore[index]
+
+
+def test_gradients_need_dynamics_that_pass_them() -> None:
+    class Blind(PointMass):
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return super().step(x, u.detach())
+
+    with pytest.raises(ValueError, match="pass no gradients"):
+        Gradient(horizon=2).plan(Blind(1), PointMass(1).start([[0.5]]))
 
 
 def test_planners_end_the_episode_where_that_is_best() -> None:
@@ -315,7 +367,7 @@ def test_cem_finds_its_way_where_few_candidates_are_finite() -> None:
 def test_a_warm_start_that_alone_is_finite_is_kept(planner: Planner) -> None:
     class OnlyThis(ToyDynamics):
         def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            return x, torch.where(u[:, 0] == 0.25, 1.0, torch.nan)
+            return x, torch.where(u[:, 0] == 0.25, 1.0 + 0 * u[:, 0], torch.nan)
 
     toy, warm = OnlyThis(box_spec(1, 1)), Plan(torch.full((1, 3, 2, 1), 0.25), torch.zeros(1))
     plan = planner.plan(toy, toy.initial(1), warm=warm)
@@ -341,6 +393,11 @@ def test_where_nothing_is_finite_the_value_says_so_and_other_rows_do_not_suffer(
         (lambda: MPPI(temperature=0.0), "temperature must be positive"),
         (lambda: MPPI(std=float("nan")), "std must be positive"),
         (lambda: RandomShooting(candidates=-1), "candidates must be positive"),
+        (lambda: ICEM(elites=500), "elites <= candidates"),
+        (lambda: ICEM(min_std=2.0), "min_std <= std"),
+        (lambda: ICEM(shrink=0.5), "shrink must be at least 1"),
+        (lambda: ICEM(keep=1.5), "keep must be in"),
+        (lambda: Gradient(starts=0), "starts must be positive"),
     ],
 )
 def test_settings_that_make_no_sense(make: Any, message: str) -> None:
