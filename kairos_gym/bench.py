@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from kairos_gym.bench_env import endurance, env
+from kairos_gym.bench_gpu import gpu
 from kairos_gym.bench_kernels import memory, speed, step, updates
 from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_trust import trust
@@ -237,6 +238,7 @@ COMMANDS = {
         step,
         speed,
         updates,
+        gpu,
         table,
     )
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from world_model.native import available
+from world_model.native import available, on_gpu
 
 Cell = str | int | float
 
@@ -112,7 +112,7 @@ def as_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def machine() -> str:
-    """What ran it, in a line: processor, cores, threads, kernels, versions."""
+    """What ran it, in a line: processor, cores, threads, kernels, a GPU where there is one, versions."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -120,9 +120,13 @@ def machine() -> str:
         else []
     )
     processor = names[0] if names else platform.processor() or platform.machine()
+    gpu = ""
+    if torch.cuda.is_available():
+        kernels = "Triton" if on_gpu(torch.empty(0, device="cuda")) else "torch"
+        gpu = f", {torch.cuda.get_device_name()} with {kernels} kernels"
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
-        f"{'native' if available('dream') else 'torch'} kernels; {platform.system()}, "
+        f"{'native' if available('dream') else 'torch'} kernels{gpu}; {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, kairos_gym {version('kairos_gym')}"
     )
 
