@@ -1,6 +1,7 @@
 """Planners: search for good actions inside any ``Dynamics``, learned or real."""
 
 from planners.base import Plan, Planner, RewardFn, score
+from planners.cautious import Cautious
 from planners.cem import CEM
 from planners.gradient import Gradient
 from planners.icem import ICEM
@@ -14,6 +15,7 @@ __all__ = [
     "ICEM",
     "MPC",
     "MPPI",
+    "Cautious",
     "Gradient",
     "Plan",
     "Planner",

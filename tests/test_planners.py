@@ -15,7 +15,7 @@ from torch import Tensor
 from toys import LQR, PointMass, TinyMLP, ToyDynamics, box_spec
 
 import planners.base
-from planners import CEM, ICEM, MPC, MPPI, Gradient, Plan, Planner, Proposed, RandomShooting, score
+from planners import CEM, ICEM, MPC, MPPI, Cautious, Gradient, Plan, Planner, Proposed, RandomShooting, score
 from world_model.contract import Dynamics, Imagined
 from world_model.state import LatentState
 
@@ -641,3 +641,54 @@ def test_a_proposal_is_where_the_search_begins() -> None:
     assert (plan.actions[:, :, 0] - torch.stack(actions, 1)).abs().max() < 0.06
     with pytest.raises(ValueError, match="proposes from what it sees"):
         Proposed(planner, policy).plan(dynamics, state)
+
+
+# --- caution ----------------------------------------------------------------------------------------------------------
+
+
+class Wary(PointMass):
+    """A point mass that is paid for going right, and whose trust ends at 0.5: beyond, each step adds a doubt of 1."""
+
+    class trust:
+        @staticmethod
+        def begin(seen: Tensor) -> Tensor:
+            return torch.where(seen > 1, 0.0, 0.25)
+
+        @staticmethod
+        def follow(doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+            return doubt[:, None] + (before[..., 0] > 0.5).float().cumsum(1)
+
+    def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = super().step(x, u)
+        return x, x[:, 0]
+
+
+def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen() -> None:
+    toy = Wary(1)
+    wary = Cautious(toy, penalty=2.0)
+    state = wary.observe(wary.initial(2), torch.tensor([[[0.4]], [[0.6]]]))
+    actions = torch.zeros(2, 2, 1)
+    (plain, _), (after, seen) = (toy.imagine(toy.start([[0.4], [0.6]]), actions), wary.imagine(state, actions))
+    expected = toy.imagine(toy.start([[0.4], [0.6]]), actions)[1].reward - 2 * torch.tensor(
+        [[0.25, 0.25], [1.25, 2.25]]
+    )
+    torch.testing.assert_close(seen.reward, expected)
+    assert torch.equal(after["x"], plain["x"]) and wary.imagine(state, actions, decode=False)[1].obs is None
+    _, later = wary.imagine(after, actions)  # the doubt goes on from chunk to chunk
+    torch.testing.assert_close(later.reward[1], 0.6 - 2 * torch.tensor([3.25, 4.25]))
+    again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
+    torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
+
+
+def test_a_cautious_plan_stays_where_the_model_knows() -> None:
+    toy = Wary(1)
+    for dynamics, beyond in ((toy, True), (Cautious(toy, 0.0), True), (Cautious(toy, 5.0), False)):
+        x = torch.zeros(1, 1)
+        mpc = MPC(dynamics, CEM(horizon=6, candidates=64, elites=8))
+        for _ in range(8):
+            x, _ = toy.step(x, mpc.act(x))
+        assert (x > 0.6).item() == beyond
+    with pytest.raises(ValueError, match="kairos calibrate"):
+        Cautious(PointMass(1), 1.0)
+    with pytest.raises(ValueError, match="penalty must be at least 0"):
+        Cautious(toy, -1.0)
