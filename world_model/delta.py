@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from world_model.constants import index
 from world_model.delta_cpu import delta_cpu
 from world_model.native import available, on_gpu, recorded
 
@@ -96,8 +97,8 @@ def delta_chunked(
         u = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)  # [B,H,C,e]
         if mine:
             order += mine
-            seen = torch.tensor([reads[r] - first for r in mine], device=k.device)
-            qc = q if mine == list(range(q.shape[2])) else q[:, :, mine]
+            seen = index(tuple(reads[r] - first for r in mine), k.device)
+            qc = q if mine == list(range(q.shape[2])) else q.index_select(2, index(tuple(mine), q.device))
             upto = torch.cat([torch.zeros_like(decay[..., :1]), decay], -1)[..., seen]  # [B,H,r]
             mask = torch.arange(last - first, device=k.device) < seen[:, None]
             gap = (upto[..., :, None] - decay[..., None, :]).masked_fill(~mask, -torch.inf)
@@ -107,7 +108,9 @@ def delta_chunked(
     if not outs:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), state
     out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-    return (out if order == sorted(order) else out[:, :, torch.tensor(order).argsort()]), state
+    if order != sorted(order):
+        out = out.index_select(2, index(tuple(sorted(range(len(order)), key=order.__getitem__)), out.device))
+    return out, state
 
 
 def read(q: Tensor, state: Tensor) -> Tensor:

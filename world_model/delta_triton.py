@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from world_model.constants import constant
 from world_model.native import once, recorded
 from world_model.parts_triton import dot
 
@@ -193,7 +193,7 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(dstate + row * E * D + here, dmemory, mask=inside)
 
 
-@lru_cache(maxsize=256)
+@constant
 def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Reads in the order of time [R], and from which one on they come after n keys [T+2]."""
     order = sorted(range(len(at)), key=at.__getitem__)
@@ -201,7 +201,7 @@ def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tenso
     return torch.tensor(order, dtype=torch.int64, device=device), torch.tensor(first, device=device)
 
 
-@lru_cache(maxsize=256)
+@constant
 def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Reads in the order of time [R], how many keys of their chunk they see [R], from which one on they are a chunk's.
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from world_model.contract import Imagined
 from world_model.flow import shift, shift_factor
+from world_model.frozen import Frozen, forget, made
 from world_model.native import available
 from world_model.noise import normal
 from world_model.state import LatentState
@@ -22,8 +23,7 @@ _SIZES = (
     *("obs_dim", "action_dim", "chunk", "tokens", "width", "action_width", "heads", "head_dim", "expand", "window"),
     *("dilation", "taps"),
 )
-_version, _wanted = attrgetter("_version"), attrgetter("requires_grad")
-_packed: WeakKeyDictionary[Any, Fused] = WeakKeyDictionary()
+_version = attrgetter("_version")
 
 
 def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
@@ -33,26 +33,23 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     isn't this model's, and where ``native.available`` says so. Weights that are written behind autograd's back, through
     ``p.data`` or numpy, need a ``forget``.
     """
+    if not all(t.is_cpu for t in inputs):
+        return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state.tensors.values(), *inputs)):
         return None
     library = available("dream")
     if library is None:
         return None
-    form = _packed.get(model)
-    if form is None or form.stale(model):
+    form = made.get(model)
+    if not isinstance(form, Fused) or form.stale(model):
         weights = [*_tensors(model), model.terminates]
         if any(t.requires_grad or t.is_inference() for t in weights):
             forget(model)
             return None  # an optimiser may write them, or anybody, without a count of it
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in weights[:-1]):
             return None
-        form = _packed[model] = Fused(model, library)
+        form = made[model] = Fused(model, library)
     return form if form.takes(state) else None
-
-
-def forget(model: Any) -> None:
-    """Its weights are others now."""
-    _packed.pop(model, None)
 
 
 @lru_cache
@@ -77,19 +74,14 @@ class _Call(ctypes.Structure):
     ]
 
 
-class Fused:
+class Fused(Frozen):
     """The weights of one WorldModel as they are when it is made, packed for dream.cpp."""
 
     def __init__(self, model: Any, library: ctypes.CDLL):
+        super().__init__(model)
         self.config, self._lib = model.config, library
-        weights = _tensors(model)
-        self._weights = [*weights, model.terminates]
-        self._known, self._place = self._signs(), model.tokens.place
-        first = model.initial(1).tensors
-        self._shapes = {name: (t.shape[1:], t.dtype) for name, t in first.items()}
-        self._batch, self._sizes = -1, dict[str, torch.Size]()
         self._made: Callable[[], LatentState | None] = lambda: None  # the state that it made last, while that lives
-        config, flat = self.config, [t.detach().contiguous() for t in weights]
+        config, flat = self.config, [t.detach().contiguous() for t in _tensors(model)]
         sizes = [getattr(config, name) for name in _SIZES]
         sizes += [len(config.pattern), int(config.draft), config.draft_frames, config.draft_width, config.draft_blocks]
         sizes.append(int(model.terminates))
@@ -108,26 +100,12 @@ class Fused:
         ]
         self._Pointers = ctypes.c_void_p * len(self._layers)
 
-    def _signs(self) -> tuple[list[int], list[int], bool]:
-        own = self._weights
-        return list(map(_version, own)), list(map(Tensor.data_ptr, own)), any(map(_wanted, own))
-
-    def stale(self, model: Any) -> bool:
-        """Whether a weight was written, exchanged or thawed since."""
-        return model.tokens.place is not self._place or self._signs() != self._known
+    def _signs(self) -> tuple[Any, ...]:
+        """Weights were copied when they were packed, so those that are written since are others too."""
+        return list(map(_version, self._weights)), *super()._signs()
 
     def takes(self, state: LatentState) -> bool:
-        """Whether the state is one of this model's: compiled code looks at no shape."""
-        if self._made() is state:
-            return True
-        have = state.tensors
-        if state.batch != self._batch:
-            self._batch = state.batch
-            self._sizes = {name: torch.Size((state.batch, *shape)) for name, (shape, _) in self._shapes.items()}
-        return len(have) == len(self._shapes) and all(
-            name in have and have[name].shape == self._sizes[name] and have[name].dtype is dtype and have[name].is_cpu
-            for name, (_, dtype) in self._shapes.items()
-        )
+        return self._made() is state or super().takes(state)
 
     def __del__(self) -> None:
         if handle := getattr(self, "_handle", None):

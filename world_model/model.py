@@ -21,7 +21,8 @@ from world_model.contract import Imagined, Spec
 from world_model.draft import Draft, Outcome
 from world_model.episodes import Starts
 from world_model.flow import euler, shift_factor
-from world_model.fused import forget, fused
+from world_model.frozen import forget
+from world_model.fused import fused
 from world_model.mot import Memory, Trunk
 from world_model.noise import normal
 from world_model.state import LatentState

@@ -10,10 +10,11 @@ its form, and without a ring's wrap-around every slot has a fixed age.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from world_model.constants import constant
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class Layout:
         return self.clean + self.noisy
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept serves training too
+@constant
 def visible(
     layout: Layout,
     past: int,
