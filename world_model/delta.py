@@ -18,7 +18,7 @@ from torch import Tensor
 
 from world_model.constants import index
 from world_model.delta_cpu import delta_cpu
-from world_model.native import available, on_gpu, recorded
+from world_model.native import available, exact, on_gpu, recorded
 
 
 def delta(
@@ -35,7 +35,9 @@ def delta(
         from world_model.delta_triton import delta_triton
 
         return delta_triton(*tensors, reads)
-    return delta_chunked(*tensors, at)
+    with exact(state):  # what is written stays: in the memory's own precision, as in the kernels
+        q, k, v, log_alpha, beta = (t.to(state.dtype) for t in tensors[:-1])
+        return delta_chunked(q, k, v, log_alpha, beta, state, at)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from world_model.layers import Layer, chain
+from world_model.native import exact
 from world_model.tokens import Scaling
 
 
@@ -60,12 +61,13 @@ class Draft(nn.Module):
         before [B,O]: the observation before obs; obs itself where that isn't known.
         """
         means, variances, variance = [], [], torch.zeros_like(obs)
-        for action in actions.unbind(1):
-            mean, log_var = self(obs, action, (obs - before) / scaling.step_std)
-            before, obs = obs, scaling.limit(obs + scaling.step_std * mean)
-            variance = variance + scaling.step_std.square() * log_var.exp()
-            means.append(obs)
-            variances.append(variance)
+        with exact(obs):  # each guess is fed back
+            for action in actions.unbind(1):
+                mean, log_var = self(obs, action, (obs - before) / scaling.step_std)
+                before, obs = obs, scaling.limit(obs + scaling.step_std * mean)
+                variance = variance + scaling.step_std.square() * log_var.exp()
+                means.append(obs)
+                variances.append(variance)
         return torch.stack(means, 1), torch.stack(variances, 1)
 
 

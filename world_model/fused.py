@@ -33,7 +33,7 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     isn't this model's, and where ``native.available`` says so. Weights that are written behind autograd's back, through
     ``p.data`` or numpy, need a ``forget``.
     """
-    if not all(t.is_cpu for t in inputs):
+    if inputs and not inputs[0].is_cpu:
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state.tensors.values(), *inputs)):
         return None

@@ -24,6 +24,7 @@ from world_model.flow import euler, shift_factor
 from world_model.frozen import forget
 from world_model.fused import fused
 from world_model.mot import Memory, Trunk
+from world_model.native import exact
 from world_model.noise import normal
 from world_model.state import LatentState
 from world_model.tokens import Scaling, Tokens
@@ -231,8 +232,9 @@ class WorldModel(nn.Module):
 
     def judge(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
         """Normalised reward and logit of termination of steps before -> after [...,O] -> [...,2]."""
-        outcome = self.outcome(before, actions, (after - before) / self.scaling.step_std, after)
-        return outcome if features is None else outcome + self.outcome_memory(features)
+        with exact(after):  # rewards are summed up
+            outcome = self.outcome(before, actions, (after - before) / self.scaling.step_std, after)
+            return outcome if features is None else outcome + self.outcome_memory(features.to(after.dtype))
 
     def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
         """Clean frames onto the memory: the only place where it is written."""

@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Log alpha and beta, each [B,H,N]."""
-        rate, beta = gates.unflatten(-1, (2, self.heads)).permute(2, 0, 3, 1)
+        rate, beta = gates.to(self.log_rate.dtype).unflatten(-1, (2, self.heads)).permute(2, 0, 3, 1)
         return -self.log_rate.exp()[:, None] * F.softplus(rate), torch.sigmoid(beta)
 
     def _delta(

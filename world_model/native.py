@@ -11,10 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,13 @@ def _transformed() -> bool:
 def recorded(*tensors: Tensor) -> bool:
     """Whether somebody may want gradients of what is made of these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def exact(like: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast: where roundings would add up from step to step."""
+    kind = like.device.type
+    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if low else nullcontext()
 
 
 def once() -> None:

@@ -69,7 +69,10 @@ class Scaling(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A frame is P world tokens and one action token; here are the doors in and out of both streams."""
+    """A frame is P world tokens and one action token; here are the doors in and out of both streams.
+
+    The streams have the weights' own precision, also under autocast: layers add to them.
+    """
 
     frequencies: Tensor
 
@@ -91,7 +94,7 @@ class Tokens(nn.Module):
 
     def clean(self, obs: Tensor) -> Tensor:
         """Normalised observations [B,T,O] -> [B,T,P,D]."""
-        return self.clean_in(obs).unflatten(-1, self.shape)
+        return self.clean_in(obs).to(self.place.dtype).unflatten(-1, self.shape)
 
     def noisy(self, z: Tensor, s: Tensor, draft: Tensor, change: Tensor, log_std: Tensor) -> Tensor:
         """The frames being denoised -> [B,C,K,P,D], for C chunks.
@@ -106,7 +109,7 @@ class Tokens(nn.Module):
 
     def actions(self, actions: Tensor, first: Tensor | None = None) -> Tensor:
         """Scaled actions [B,T,A] -> [B,T,1,Da]; ``first`` (bool [B,T]) marks frames that no action led to."""
-        x = self.action_in(actions)
+        x = self.action_in(actions).to(self.begin.dtype)
         if first is not None:
             x = torch.where(first[..., None], self.begin, x)
         return x[:, :, None]
