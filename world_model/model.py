@@ -137,9 +137,23 @@ class WorldModel(nn.Module):
             done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
             return done
-        self._expect_within_bounds(actions, None)
-        if bool((state["age"] == 0).any()):
+        if not bool(self.ready(state, actions)):
+            self._expect_within_bounds(actions, None)
             raise ValueError("imagine needs a dream that has seen something: call observe first")
+        state, imagined = self.dream(state, actions, sampled, flow_steps)
+        return state, imagined if decode else imagined._replace(obs=None)
+
+    def ready(self, state: LatentState, actions: Tensor) -> Tensor:
+        """bool []: whether all dreams have seen something and all actions [B,K,A] are within their bounds."""
+        return (state["age"] != 0).all() & self._within_bounds(actions).all()
+
+    def dream(
+        self, state: LatentState, actions: Tensor, sampled: bool, flow_steps: int
+    ) -> tuple[LatentState, Imagined]:
+        """``imagine`` of what has been looked at.
+
+        A CUDA graph can hold it: it asks the device for no number and copies none there, and its shapes hang on shapes.
+        """
         act = self.scaling.action(actions)
         start = self.scaling.obs(state["obs"])
         before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
@@ -166,7 +180,7 @@ class WorldModel(nn.Module):
         outcome = self.judge(before, act, scaled, hidden[:, 0])
         reward = outcome[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
         terminated = (outcome[..., 1] > 0) & self.terminates
-        return self._write(state, obs, scaled, act), Imagined(obs if decode else None, reward, terminated)
+        return self._write(state, obs, scaled, act), Imagined(obs, reward, terminated)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .double() and the like go through
         forget(self)
@@ -260,14 +274,19 @@ class WorldModel(nn.Module):
 
     def _expect_within_bounds(self, actions: Tensor, first: Tensor | None) -> None:
         """``first`` [B,T] marks frames whose action is ignored."""
-        low, high = self.scaling.action_low, self.scaling.action_high
-        slack = 1e-6 * (high - low)  # the spaces may be float64, what comes here float32
-        good = ((actions >= low - slack) & (actions <= high + slack)).all(-1)
+        good = self._within_bounds(actions)
         if not bool((good if first is None else good | first).all()):
+            low, high = self.scaling.action_low, self.scaling.action_high
             raise ValueError(
                 f"actions must be finite and within {low.tolist()} and {high.tolist()}, got {actions.min().item():.6g} "
                 f"to {actions.max().item():.6g}; clip them yourself if that is what you mean"
             )
+
+    def _within_bounds(self, actions: Tensor) -> Tensor:
+        """[B,T,A] -> bool [B,T]."""
+        low, high = self.scaling.action_low, self.scaling.action_high
+        slack = 1e-6 * (high - low)  # the spaces may be float64, what comes here float32
+        return ((actions >= low - slack) & (actions <= high + slack)).all(-1)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
