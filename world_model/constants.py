@@ -32,7 +32,7 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def held() -> Iterator[list[Any]]:
-    """The constants that are asked for meanwhile: a CUDA graph reads them by address, also when they are kept no more."""
+    """The constants that are asked for meanwhile: a CUDA graph reads them by address, kept here or not."""
     holder: list[Any] = []
     _holders.append(holder)
     try:

@@ -23,6 +23,7 @@ from world_model.episodes import Starts
 from world_model.flow import euler, shift_factor
 from world_model.frozen import forget
 from world_model.fused import fused
+from world_model.graphed import graphed
 from world_model.mot import Memory, Trunk
 from world_model.native import exact
 from world_model.noise import normal
@@ -135,6 +136,10 @@ class WorldModel(nn.Module):
         actions = actions.to(self.error)
         if (fast := fused(self, state, actions)) and (
             done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+        ):
+            return done
+        if (graphs := graphed(self, state, actions)) and (
+            done := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
             return done
         if not bool(self.ready(state, actions)):

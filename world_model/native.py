@@ -33,7 +33,7 @@ class NotHere(RuntimeError):
 def wanted() -> str:
     """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", or "native" (or an error).
 
-    Raises ValueError for another word.
+    Only "native" dreams by CUDA graphs: no GPU has replayed one yet. Raises ValueError for another word.
     """
     choice = os.environ.get("KAIROS_KERNELS") or "auto"
     if choice not in CHOICES:
@@ -81,7 +81,7 @@ def available(name: str) -> ctypes.CDLL | None:
     Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
     """
     choice = wanted()
-    if torch.is_autocast_enabled("cpu") or _transformed():
+    if torch.is_autocast_enabled("cpu") or transformed():
         return None
     match choice:
         case "torch":
@@ -105,7 +105,7 @@ def on_gpu(*tensors: Tensor) -> bool:
     """Whether Triton's kernels may have these: on the GPU in use, none a double, and nobody asked for torch."""
     here = all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
     here = here and {t.get_device() for t in tensors} == {torch.cuda.current_device()}
-    return here and wanted() != "torch" and _triton() and not _transformed()
+    return here and wanted() != "torch" and _triton() and not transformed()
 
 
 @cache
@@ -113,7 +113,7 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether forward-mode AD or one of torch.func's transforms is at work, which kernels know nothing of."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
