@@ -1,4 +1,4 @@
-"""A whole imagine on a GPU as one CUDA graph; no GPU has run it yet, so only ``KAIROS_KERNELS=native`` asks for it."""
+"""A whole imagine on a GPU as one CUDA graph: no GPU has run it yet, so only ``KAIROS_KERNELS=native`` takes it."""
 
 from __future__ import annotations
 
