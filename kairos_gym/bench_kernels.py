@@ -310,7 +310,7 @@ def _dreaming(world: WorldModel, batch: int, chunk: int, kernels: str) -> Callab
     shape = (batch, chunk, world.config.action_dim)
     actions = low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
     state = world.observe(world.initial(batch), torch.zeros(batch, 1, world.config.obs_dim))
-    steps = max(2, (4096 if kernels == "native" else 512) // (batch * chunk))
+    steps = max(8 if kernels == "native" else 2, (4096 if kernels == "native" else 512) // (batch * chunk))
 
     def run() -> float:
         dream = state

@@ -142,7 +142,9 @@ class Fused(Frozen):
 
     def _call(self, state: LatentState, actions: Tensor, frames: int) -> tuple[_Call, LatentState, Any]:
         """The call without what is particular to a verb, the state that it fills, and what must live as long."""
-        have = {name: t.contiguous() for name, t in state.tensors.items()}
+        have = state.tensors
+        if self._made() is not state:
+            have = {name: t.contiguous() for name, t in have.items()}
         new = {name: t if name == "seed" else torch.empty_like(t) for name, t in have.items()}
         memory, written = (self._Pointers(*[x[name].data_ptr() for name in self._layers]) for x in (have, new))
         call = _Call(state.batch, frames)

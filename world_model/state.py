@@ -17,7 +17,7 @@ class LatentState:
     tensors mean, so a fork is an index and a snapshot is a copy.
     """
 
-    __slots__ = ("tensors", "__weakref__")
+    __slots__ = ("__weakref__", "tensors")
 
     tensors: Mapping[str, Tensor]
 
