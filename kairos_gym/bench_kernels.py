@@ -252,7 +252,10 @@ def speed(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/kerne
         limit = statistics.median(row["steps_per_cpu_second"] * row["floor_over_ours"] for row in mine)
         right.axhline(limit, color=dark, linestyle=style, linewidth=1, label=f"{layers}, arithmetic alone")
     right.axhline(rows["step"]["mujoco_rollout"], color="#15803d", linewidth=1, label="mujoco.rollout")
-    right.set(xscale="log", yscale="log", xlabel="dreams", ylabel="env steps a CPU-second", title="a whole step")
+    right.set_xscale("log")
+    right.set_xticks(DREAMS, map(str, DREAMS))
+    right.minorticks_off()
+    right.set(yscale="log", xlabel="dreams", ylabel="env steps a CPU-second", title="a whole step")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
