@@ -47,14 +47,14 @@ class Recipe:
 
 
 # Chosen on validation episodes, for 70 to 80 CPU-seconds each, Lift's for more. Eight times the updates of an earlier
-# form lowered errors to between a fifth (Pendulum) and four fifths (HalfCheetah). "SG" was as good as "SGDG" on Reacher
-# with half the layers (not compared alike on the others). Reacher's elbow can be pushed past pi, where its sine and
-# cosine are those of the other end of its range and one frame can't tell which way it will be thrown back: two frames
-# can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls within ten steps,
-# so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of the rail in several
-# hundred steps, so its episodes have their full length. A robot arm that moves at random touches nothing, so Lift's
-# data are the scripted expert's, failing and interrupted; they go on after success, so that a dream knows how a cube is
-# held.
+# form lowered errors after 8 steps to a ninth (Pendulum) to nine tenths (HalfCheetah). "SG" was as good as "SGDG" on
+# Reacher with half the layers (not compared alike on the others). Reacher's elbow can be pushed past pi, where its sine
+# and cosine are those of the other end of its range and one frame can't tell which way it will be thrown back: two
+# frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls within ten
+# steps, so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of the rail in
+# several hundred steps, so its episodes have their full length. A robot arm that moves at random touches nothing, so
+# Lift's data are the scripted expert's, failing and interrupted; they go on after success, so that a dream knows how a
+# cube is held.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
