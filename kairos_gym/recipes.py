@@ -85,7 +85,7 @@ RECIPES = {
             ladder_episodes=100,
             workers=2,
         ),
-        Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=44_000, steps=1600), SMALL),
+        Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=44_000, steps=1600, weight_decay=0.1), SMALL),
     )
 }
 

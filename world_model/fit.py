@@ -46,12 +46,14 @@ class FitConfig:
     lr: float = 2e-3
     draft_ema: float = 0.999
     ema: float = 0.998
+    weight_decay: float = 1e-4  # of both phases; more of it keeps dreams from running away where no data are
     seed: int = 0
     save_every: int = 100
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in ("draft_steps", "steps", "seed", "draft_lr", "lr", "draft_ema", "ema") else 1
+            counts = ("draft_batch", "batch", "frames", "save_every")
+            least = 1 if name in counts else 0
             if value < least or (name == "seed" and value >= 2**31):
                 raise ValueError(f"{name} must be at least {least} (and a seed below 2**31), got {value}")
 
@@ -203,7 +205,8 @@ class Run:
         self.flat = [_side_by_side(list(group.values())) for group in self.groups]
         self.averages = [flat.detach().clone() for flat in self.flat]
         self.optimisers = [
-            torch.optim.AdamW([flat], betas=(0.9, 0.99), weight_decay=1e-4, fused=True) for flat in self.flat
+            torch.optim.AdamW([flat], betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=True)
+            for flat in self.flat
         ]
         self.transitions = (episodes.index > 0).nonzero()[:, 0]
         # A window needs at least one step; one that would outlast its episode starts earlier where it can.
