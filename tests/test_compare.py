@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -18,13 +19,14 @@ from torch import Tensor
 from envs import SimulatorDynamics
 from kairos_gym import comparison_page
 from kairos_gym.collect import collect
-from kairos_gym.compare import compare
+from kairos_gym.compare import compare, expect_apart
 from kairos_gym.comparison import MODEL, SHUFFLED, Comparison
-from kairos_gym.experience import experience
+from kairos_gym.experience import Experience, experience
 from kairos_gym.policies import Policy, scripted
 from kairos_gym.rollouts import play_real
 from kairos_gym.train import train
 from world_model.contract import Imagined
+from world_model.episodes import Episodes
 from world_model.state import LatentState
 
 QUICK: dict[str, Any] = dict(episodes=3, horizon=12, context=4, limit=30, progress=False, references=False)
@@ -221,6 +223,24 @@ def test_evaluation_on_training_episodes_is_refused(trained: Path) -> None:
         compare(trained, **{**about, "references": True})
     with pytest.raises(ValueError, match=r"evaluation episodes \[0\] begin where training episodes did"):
         compare(trained, **about)
+
+
+def test_a_cycle_that_training_saw_makes_no_episode_known() -> None:
+    """One step in a hundred of an episode may be known, since a policy may end in a cycle; more may not."""
+    rng = np.random.default_rng(0)
+
+    def episode(obs: Any, action: Any) -> Episodes:
+        return Episodes.stack([(obs, action, np.zeros(len(action)), np.zeros(len(action)))])
+
+    obs, action = rng.normal(size=(401, 2)), rng.normal(size=(400, 1))
+    rollouts: Any = SimpleNamespace(episodes=episode(obs, action))
+    for known, refused in ((4, False), (5, True)):
+        seen = Experience("some/train-v0", episode(obs[300 : 301 + known], action[300 : 300 + known]), True)
+        if refused:
+            with pytest.raises(ValueError, match=r"5 steps of the evaluation are in .* the first in episode 0"):
+                expect_apart(seen, object(), rollouts)
+        else:
+            expect_apart(seen, object(), rollouts)
 
 
 def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path: Path) -> None:
