@@ -234,6 +234,8 @@ def speed(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/kerne
     from matplotlib.figure import Figure
 
     rows = {row["bench"]: row for row in map(json.loads, path.read_text().splitlines()) if "bench" in row}
+    if missing := {"memory", "step"} - set(rows):
+        raise ValueError(f"nothing measured yet by kairos bench {' and '.join(sorted(missing))}: run that first")
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     dark, blue, orange = "#1c2430", "#2563a8", "#c2410c"

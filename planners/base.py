@@ -16,6 +16,9 @@ from world_model.state import LatentState
 RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``reward_fn(obs [...,O], action [...,A], next_obs [...,O]) -> reward [...]``, instead of the model's own."""
 
+COST = "cost"
+"""A state's tensor [B,K]: what the steps of its last chunk cost beside their reward, in dynamics that have such."""
+
 MAX_DREAMS = 16_384  # dreamed side by side by one ``imagine`` call; more candidates take turns, to bound the memory
 
 
@@ -142,6 +145,8 @@ def _dream(
                     f"reward_fn must drop the last dimension of its arguments: expected a reward of shape "
                     f"{list(imagined.reward.shape)}, got {list(reward.shape)}"
                 )
+            if COST in state.tensors:  # of which reward_fn knows nothing
+                reward = reward - state[COST]
         rewards.append(reward)
         ends.append(imagined.terminated)
     reward, ended = torch.cat(rewards, dim=1), torch.cat(ends, dim=1)
@@ -173,6 +178,8 @@ class Search(NamedTuple):
     def coloured(self, n: int, exponent: float) -> Tensor:
         """Normal noise of unit variance whose power over frequency f falls as f**-exponent along the H*K steps."""
         white = self.normal(n).flatten(2, 3)
+        if n == 0:
+            return white.unflatten(2, self.mean.shape[1:3])
         frequency = torch.fft.rfftfreq(white.shape[2], device=white.device)
         frequency[0] = frequency[1] if len(frequency) > 1 else 1.0
         weight = frequency ** (-exponent / 2)
@@ -204,6 +211,13 @@ def begin(
             )
     else:
         raise ValueError(f"warm.actions must be [B,H,K,A] = {list(shape)}, got {list(warm.actions.shape)}")
+    if warm is not None and (elites := warm.elites) is not None:
+        outside = (elites < low) | (elites > high)
+        if elites.ndim != 5 or (elites.shape[0], *elites.shape[2:]) != shape or outside.any():
+            raise ValueError(
+                f"warm.elites must be [B,E,H,K,A] with {list(shape)} but for E, within {dynamics.spec.action_space} or "
+                f"NaN, got {list(elites.shape)}"
+            )
     seeds = torch.as_tensor(seed)
     if seeds.shape not in ((), (state.batch,)):
         raise ValueError(f"seed must be one int or int64 [B] with B={state.batch}, got shape {list(seeds.shape)}")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planners.base import COST
 from world_model.contract import Dynamics, Imagined, Spec
 from world_model.state import LatentState
 
-_OWN = ("doubt", "doubt.seen", "doubt.from")
+_OWN = ("doubt", "doubt.seen", "doubt.from", COST)
 
 
 class Cautious:
@@ -18,17 +19,20 @@ class Cautious:
 
     The doubt is that of ``world_model.trust``: it grows along each imagined path, faster where the model was trained on
     nothing similar, and its unit is that of the model's error, the RMS over dimensions in standard deviations. Each
-    step costs ``penalty`` times the doubt after it. All planners plan in it as in any ``Dynamics``:
+    step costs ``penalty`` times the doubt after it, also where a ``reward_fn`` pays. All planners plan in it as in any
+    ``Dynamics``:
 
         MPC(Cautious(model, penalty=2.0), CEM())
 
-    Raises ValueError where the model isn't calibrated.
+    Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
     """
 
     def __init__(self, dynamics: Dynamics, penalty: float):
         self.trust: Any = getattr(dynamics, "trust", None)
         if self.trust is None:
             raise ValueError("these dynamics know nothing of their error: kairos calibrate gives a model its trust")
+        if isinstance(dynamics, Cautious):
+            raise ValueError("these dynamics are cautious already: give the model itself a larger penalty")
         if not penalty >= 0:
             raise ValueError(f"penalty must be at least 0, got {penalty}")
         self.dynamics, self.penalty = dynamics, penalty
@@ -40,29 +44,27 @@ class Cautious:
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """See ``Dynamics.initial``."""
         state = self.dynamics.initial(batch, seeds)
-        device = next(iter(state.tensors.values())).device
+        if (device := next(iter(state.tensors.values())).device).type != "cpu":
+            raise ValueError(f"a model's trust is told on the CPU, and this one dreams on {device}")
         size = self.spec.observation_box.shape[0]
-        return self._with(
-            state,
-            torch.zeros(batch, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
-            torch.zeros(batch, size, device=device),
-        )
+        seen = torch.zeros(batch, dtype=torch.int64)
+        return self._with(state, torch.zeros(batch), seen, torch.zeros(batch, size), torch.zeros(batch, 1))
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
         """See ``Dynamics.observe``. What was seen is certain: the doubt begins anew."""
         after, seen = self.dynamics.observe(_without(state), obs, actions), state["doubt.seen"] + obs.shape[1]
-        return self._with(after, self.trust.begin(seen), seen, obs[:, -1])
+        return self._with(after, self.trust.begin(seen), seen, obs[:, -1].float(), torch.zeros(len(seen), 1))
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         """See ``Dynamics.imagine``; rewards are lowered by the doubt after each step."""
         after, imagined = self.dynamics.imagine(_without(state), actions, decode=True)
         if imagined.obs is None:
             raise ValueError("these dynamics predict no observations, so nothing can be told of their error")
-        before = torch.cat([state["doubt.from"][:, None], imagined.obs[:, :-1]], 1)
-        doubt = self.trust.follow(state["doubt"], before, actions)
-        lowered = imagined._replace(reward=imagined.reward - self.penalty * doubt)
-        after = self._with(after, doubt[:, -1], state["doubt.seen"], imagined.obs[:, -1])
+        path = torch.cat([state["doubt.from"][:, None], imagined.obs.float()], 1)
+        doubt = self.trust.follow(state["doubt"], path[:, :-1], actions.float())
+        cost = self.penalty * doubt
+        lowered = imagined._replace(reward=imagined.reward - cost)
+        after = self._with(after, doubt[:, -1], state["doubt.seen"], path[:, -1], cost)
         return after, lowered if decode else lowered._replace(obs=None)
 
     @staticmethod
@@ -71,4 +73,6 @@ class Cautious:
 
 
 def _without(state: LatentState) -> LatentState:
+    if missing := set(_OWN) - set(state.tensors):
+        raise ValueError(f"this state knows of no doubt ({', '.join(sorted(missing))}): begin with Cautious.initial")
     return LatentState({name: t for name, t in state.tensors.items() if name not in _OWN})

@@ -35,6 +35,7 @@ class Gradient:
             std=self.std, lr=self.lr, discount=self.discount,
         )  # fmt: skip
 
+    @torch.inference_mode(False)  # where there are no gradients at all
     def plan(
         self,
         dynamics: Dynamics,
@@ -47,7 +48,7 @@ class Gradient:
     ) -> Plan:
         """See ``Planner.plan`` -> the best sequence seen in each row, with its own imagined return.
 
-        Raises ValueError where the dynamics pass no gradients.
+        Raises ValueError where the dynamics, or ``reward_fn``, pass no gradients.
         """
         search = begin(dynamics, state, self.horizon, self.chunk, warm, seed)
         low, high = search.low, search.high
@@ -64,8 +65,11 @@ class Gradient:
             with torch.enable_grad():
                 actions = (middle + half * place).clamp(low, high)
                 earned = returns(dynamics, state, actions, discount=self.discount, obs=obs, reward_fn=reward_fn)
+                loss = -earned.sum()
             if not earned.requires_grad:
-                raise ValueError("these dynamics pass no gradients on to the actions: use a planner that samples")
+                raise ValueError(
+                    "these dynamics, or reward_fn, pass no gradients on to the actions: use a planner that samples"
+                )
             value, leader = earned.detach().max(1)
             better = value > best.value
             best = Plan(
@@ -74,7 +78,7 @@ class Gradient:
             )
             if iteration == self.iterations:
                 break
-            (place.grad,) = torch.autograd.grad(-earned.sum(), place)
+            (place.grad,) = torch.autograd.grad(loss, place)
             place.grad.nan_to_num_(0.0, 0.0, 0.0)  # a dream that was lost points nowhere
             adam.step()
             with torch.no_grad():

@@ -43,8 +43,10 @@ class ICEM:
             raise ValueError(f"2 <= elites <= candidates must hold, got {self.elites} elites of {self.candidates}")
         if not 0 <= self.min_std <= self.std:
             raise ValueError(f"0 <= min_std <= std must hold, got min_std={self.min_std}, std={self.std}")
-        if self.shrink < 1 or self.colour < 0:
-            raise ValueError(f"shrink must be at least 1 and colour 0, got {self.shrink} and {self.colour}")
+        if not self.shrink >= 1:
+            raise ValueError(f"shrink must be at least 1, got {self.shrink}")
+        if not 0 <= self.colour <= 10:
+            raise ValueError(f"colour must be in [0, 10], got {self.colour}")
         if not (0 <= self.keep <= 1 and 0 <= self.momentum < 1):
             raise ValueError(f"keep must be in [0, 1] and momentum in [0, 1), got {self.keep} and {self.momentum}")
 
@@ -66,7 +68,12 @@ class ICEM:
             search.low, search.high
         )
         if warm is not None and warm.elites is not None:
-            stay = torch.where(warm.elites.isnan(), stay, warm.elites)  # what isn't known is drawn like the others
+            known = warm.elites[:, :kept]
+            if known.shape != stay.shape:
+                raise ValueError(
+                    f"warm.elites must hold {kept} for each row, as this planner keeps, got {known.shape[1]}"
+                )
+            stay = torch.where(known.isnan(), stay, known)  # what isn't known is drawn like the others
         best = Plan(mean, mean.new_full((state.batch,), -torch.inf))
         for iteration in range(self.iterations):
             count = min(max(int(self.candidates * self.shrink**-iteration), 2 * self.elites), self.candidates)

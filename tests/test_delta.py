@@ -114,6 +114,17 @@ def test_what_no_key_touches_shrinks_by_exactly_that() -> None:
     torch.testing.assert_close(moved[1] - moved[0], off * log_alpha.sum(-1).exp()[..., None, None])
 
 
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_keys_may_forget_all(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs of decays of -1e4 and -infinity among mild ones, in float32: forward and all gradients."""
+    monkeypatch.setenv("KAIROS_KERNELS", kernels)
+    args = [x.detach() for x in inputs(40, 40, d=8, e=8)]
+    args[3][..., ::7], args[3][..., 3::11] = -1e4, -torch.inf
+    truth, fast = everything(delta_recurrent, args, None, 0), everything(delta, [x.float() for x in args], None, 0)
+    for name, a, b in zip(("o", "S", *NAMES), truth, fast, strict=True):
+        torch.testing.assert_close(b, a.nan_to_num(), rtol=1e-4, atol=1e-4, msg=f"{name} differs")
+
+
 # --- the compiled form
 
 

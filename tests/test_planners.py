@@ -326,6 +326,11 @@ def test_icem_goes_on_with_its_elites() -> None:
     known = Plan(torch.zeros(1, 2, 1, 1), torch.zeros(1), torch.full((1, 3, 2, 1, 1), 0.123))
     found = ICEM(horizon=2, candidates=10, elites=10, iterations=1).plan(only, only.initial(1), warm=known)
     assert found.value == 0 and torch.equal(found.actions, known.elites[:, 0])  # type: ignore[index]
+    none = ICEM(horizon=2, candidates=10, elites=10, iterations=2, keep=0.0).plan(only, only.initial(1))
+    assert none.elites is not None and none.elites.shape[1] == 0
+    for wrong in (torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
+        with pytest.raises(ValueError, match=r"warm\.elites must"):
+            ICEM(horizon=2, candidates=10, elites=10).plan(only, only.initial(1), warm=known._replace(elites=wrong))
 
 
 def test_gradients_need_dynamics_that_pass_them() -> None:
@@ -335,6 +340,12 @@ def test_gradients_need_dynamics_that_pass_them() -> None:
 
     with pytest.raises(ValueError, match="pass no gradients"):
         Gradient(horizon=2).plan(Blind(1), PointMass(1).start([[0.5]]))
+    toy = PointMass(1)
+    plan = Gradient(horizon=2).plan(toy, toy.start([[0.5]]))
+    for off in (torch.no_grad(), torch.inference_mode()):  # around the planner gradients may be off
+        with off:
+            again = Gradient(horizon=2).plan(toy, toy.start([[0.5]]))
+        assert torch.equal(plan.actions, again.actions)
 
 
 def test_planners_end_the_episode_where_that_is_best() -> None:
@@ -396,6 +407,7 @@ def test_where_nothing_is_finite_the_value_says_so_and_other_rows_do_not_suffer(
         (lambda: ICEM(elites=500), "elites <= candidates"),
         (lambda: ICEM(min_std=2.0), "min_std <= std"),
         (lambda: ICEM(shrink=0.5), "shrink must be at least 1"),
+        (lambda: ICEM(colour=float("nan")), "colour must be in"),
         (lambda: ICEM(keep=1.5), "keep must be in"),
         (lambda: Gradient(starts=0), "starts must be positive"),
     ],
@@ -676,6 +688,11 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
     assert torch.equal(after["x"], plain["x"]) and wary.imagine(state, actions, decode=False)[1].obs is None
     _, later = wary.imagine(after, actions)  # the doubt goes on from chunk to chunk
     torch.testing.assert_close(later.reward[1], 0.6 - 2 * torch.tensor([3.25, 4.25]))
+    # A reward_fn knows nothing of doubt, which costs as much.
+    paid = score(
+        wary, state, actions[:, None, None], obs=torch.tensor([[0.4], [0.6]]), reward_fn=lambda o, a, n: n[..., 0]
+    )
+    torch.testing.assert_close(paid, expected.sum(1, keepdim=True))
     again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
     torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
 
@@ -690,5 +707,9 @@ def test_a_cautious_plan_stays_where_the_model_knows() -> None:
         assert (x > 0.6).item() == beyond
     with pytest.raises(ValueError, match="kairos calibrate"):
         Cautious(PointMass(1), 1.0)
+    with pytest.raises(ValueError, match="cautious already"):
+        Cautious(Cautious(toy, 1.0), 1.0)
+    with pytest.raises(ValueError, match=r"begin with Cautious\.initial"):
+        MPC(Cautious(toy, 1.0), CEM()).act(torch.zeros(1, 1), state=toy.start([[0.0]]))
     with pytest.raises(ValueError, match="penalty must be at least 0"):
         Cautious(toy, -1.0)

@@ -20,6 +20,8 @@ from world_model.constants import index
 from world_model.delta_cpu import delta_cpu
 from world_model.native import available, exact, on_gpu, recorded
 
+LEAST = -100.0  # of log alpha: exp(-100) is nothing in float32, and sums of no more than this stay exact
+
 
 def delta(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
@@ -86,6 +88,7 @@ def delta_chunked(
         return read(q, state), state
     reads = list(range(1, total + 1) if at is None else at)
     q, beta = q * q.shape[-1] ** -0.5, beta[..., None]
+    log_alpha = log_alpha.clamp(min=LEAST)
     order: list[int] = []
     outs: list[Tensor] = []
     for first in range(0, total, chunk):

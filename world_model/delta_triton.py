@@ -106,7 +106,7 @@ def _forward(  # type: ignore[no-untyped-def]
         in_t = t < total
         key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
         value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        rate = tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32)
+        rate = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
         force = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
         key = key.to(tl.float32)
         g, end, _, _, _, u = _written(key, value.to(tl.float32), rate, force, memory, C)
@@ -146,7 +146,7 @@ def _backward(  # type: ignore[no-untyped-def]
         memory = tl.load(saved + (row * chunks + c) * E * D + here, mask=inside, other=0.0)
         key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
         value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        rate = tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32)
+        rate = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
         force = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
         key = key.to(tl.float32)
         g, end, alike, inverse, wrong, u = _written(key, value.to(tl.float32), rate, force, memory, C)

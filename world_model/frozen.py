@@ -36,7 +36,7 @@ class Frozen:
         return list(map(Tensor.data_ptr, own)), any(map(_wanted, own))
 
     def stale(self, model: Any) -> bool:
-        """Whether a weight was exchanged or thawed since."""
+        """Whether a weight's data were exchanged, or a weight was thawed, since."""
         return model.tokens.place is not self._place or self._signs() != self._known
 
     def takes(self, state: LatentState) -> bool:

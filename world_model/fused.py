@@ -31,7 +31,8 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
 
     That is where weights aren't frozen or somebody wants a gradient, on a GPU, in another precision, for a state that
     isn't this model's, and where ``native.available`` says so. Weights that are written behind autograd's back, through
-    ``p.data`` or numpy, need a ``forget``.
+    ``p.data`` or numpy, and weights, units or parts that are exchanged for others by assignment need a ``forget``.
+    Hooks on parts aren't called.
     """
     if inputs and not inputs[0].is_cpu:
         return None

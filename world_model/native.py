@@ -64,12 +64,17 @@ def library(name: str) -> ctypes.CDLL:
         raise NotHere(f"{built} can't be loaded ({error})") from error
 
 
+_said: list[str] = []
+
+
 @cache
 def _available(name: str) -> ctypes.CDLL | None:
     try:
         return library(name)
     except NotHere as error:
-        print(f"kairos_gym works in plain torch, which is slower: {error}", file=sys.stderr)
+        if not _said:  # once, whichever file it was
+            print(f"kairos_gym works in plain torch, which is slower: {error}", file=sys.stderr)
+        _said.append(name)
         return None
 
 

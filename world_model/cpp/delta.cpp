@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int C = 16;  // keys of a chunk
+constexpr float LEAST = -100;  // of log alpha, as in delta.py
 
 vec counting() {
   vec x;
@@ -121,7 +122,7 @@ struct Head {
     for (int64_t i = from + C; i < std::min(from + 2 * C, s.T); i++)  // the next chunk's
       for (int j = 0; j < w.d; j += 16) __builtin_prefetch(key(i) + j), __builtin_prefetch(value(i) + j);
     for (int i = 0; i < C; i++) {  // beyond the last key nothing is written: beta 0, alpha 1
-      sum += i < n ? la[i] : 0.0f;
+      sum += i < n ? std::max(la[i], LEAST) : 0.0f;
       w.c[i] = sum, w.beta[i] = i < n ? be[i] : 0.0f;
       if (i < n) copy(w.K + size_t(i) * w.ldd, key(from + i), w.d), copy(w.V + size_t(i) * w.lde, value(from + i), w.e);
       else std::fill(w.K + size_t(i) * w.ldd, w.K + size_t(i + 1) * w.ldd, 0.0f), std::fill(w.V + size_t(i) * w.lde, w.V + size_t(i + 1) * w.lde, 0.0f);
