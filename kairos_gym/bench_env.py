@@ -188,10 +188,7 @@ class FullAttention(Block):
         mixed = F.scaled_dot_product_attention(q, *self.past_keys[:, :, :, :seen])
         if layout.clean:
             self.kept = seen
-        mixed_w, mixed_a = (
-            mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
-        )
-        return mixed_w, mixed_a, memory
+        return *self._apart(mixed), memory
 
 
 def _beside_full_attention(world: WorldModel, frames: int) -> dict[str, Any]:

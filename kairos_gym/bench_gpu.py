@@ -5,13 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kairos_gym.bench_kernels import kernels_of
-from kairos_gym.models import load
+from kairos_gym.bench_kernels import begun, kernels_of, worlds
 from kairos_gym.report import machine
 from world_model.model import WorldModel
 
@@ -27,11 +25,8 @@ def gpu(chunk: int = 4) -> dict[str, Any]:
     """
     if not torch.cuda.is_available():
         raise RuntimeError("kairos bench gpu needs a GPU that torch can use, and sees none")
-    shipped: Any = load("halfcheetah")
-    four = WorldModel(replace(shipped.config, pattern="SGDG"), shipped.spec).eval().requires_grad_(False)
-    four.scaling.load_state_dict(shipped.scaling.state_dict())
     rows = []
-    for world in (shipped.cuda(), four.cuda()):
+    for world in (world.cuda() for world in worlds()):
         for batch in DREAMS:
             jobs = {name: _job(world, batch, chunk, *form) for name, form in FORMS.items()}
             rates: dict[str, list[float]] = {name: [] for name in jobs}
@@ -47,14 +42,12 @@ def gpu(chunk: int = 4) -> dict[str, Any]:
 
 
 def _job(world: WorldModel, batch: int, chunk: int, kernels: str, half: bool) -> Callable[[], float]:
-    low, high = world.scaling.action_low, world.scaling.action_high
-    actions = low + (high - low) * torch.rand(batch, chunk, len(low), device=low.device)
-    begun = world.observe(world.initial(batch), torch.zeros(batch, 1, world.config.obs_dim, device=low.device))
+    start_state, actions = begun(world, batch, chunk)
 
     def run() -> float:
         """Seconds of ten calls in a row."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        state = begun
+        state = start_state
         precision = torch.autocast("cuda", torch.bfloat16) if half else nullcontext()
         with kernels_of(kernels), torch.inference_mode(), precision:
             start.record()

@@ -27,6 +27,7 @@ from world_model.episodes import Episodes
 from world_model.fit import FitConfig, Run
 from world_model.model import WorldModel
 from world_model.native import library
+from world_model.state import LatentState
 
 DREAMS = (1, 16, 64, 256, 1024)
 ROUNDS = 7
@@ -39,9 +40,7 @@ def step(chunk: int = 4) -> dict[str, Any]:
     them the arithmetic floor, the multiply-adds that the step needs at the rate that this processor has at best, and
     ``mujoco.rollout`` of the real HalfCheetah. One thread, by turns in one run, medians of 7 rounds.
     """
-    shipped: Any = load("halfcheetah")
-    four = WorldModel(replace(shipped.config, pattern="SGDG"), shipped.spec).eval().requires_grad_(False)
-    four.scaling.load_state_dict(shipped.scaling.state_dict())
+    shipped, four = worlds()
     jobs: dict[str, Callable[[], float]] = {"arithmetic": _arithmetic(), "mujoco.rollout": _rollout()}
     for world in (shipped, four):
         for batch in DREAMS:
@@ -79,6 +78,23 @@ def step(chunk: int = 4) -> dict[str, Any]:
         "rows": rows,
         "machine": machine(),
     }
+
+
+def worlds() -> tuple[WorldModel, WorldModel]:
+    """The shipped HalfCheetah (layers SG), and one of its widths and four layers (SGDG) with random weights."""
+    shipped: Any = load("halfcheetah")
+    four = WorldModel(replace(shipped.config, pattern="SGDG"), shipped.spec).eval().requires_grad_(False)
+    four.scaling.load_state_dict(shipped.scaling.state_dict())
+    return shipped, four
+
+
+def begun(world: WorldModel, batch: int, chunk: int) -> tuple[LatentState, Tensor]:
+    """Dreams that have seen one frame, and what they are to play [B,K,A]."""
+    low, high = world.scaling.action_low, world.scaling.action_high
+    shape = (batch, chunk, world.config.action_dim)
+    actions = low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(low.device)
+    state = world.observe(world.initial(batch), torch.zeros(batch, 1, world.config.obs_dim, device=low.device))
+    return state, actions
 
 
 def multiply_adds(config: WorldModelConfig, chunk: int) -> float:
@@ -179,10 +195,8 @@ def _against_floor(jobs: dict[tuple[str, str], Callable[[], float]], batch: int,
 
     rates = _by_turns({"arithmetic": _arithmetic(), "copy": copied} | {"/".join(k): v for k, v in jobs.items()}, 5)
     ns = {name: 1e9 / statistics.median(rate) for name, rate in rates.items()}
-    operations, moved = (
-        2 * 3 * 32 * 32,
-        4 * (4 * 32 + 2) + 2 * 4 * 32 * 32 / tokens,
-    )  # tokens in and out, and the memory
+    operations = 2 * 3 * 32 * 32
+    moved = 4 * (4 * 32 + 2) + 2 * 4 * 32 * 32 / tokens  # bytes: tokens in and out, and the memory
     floor = max(operations * ns["arithmetic"], moved * ns["copy"])
     found = {"forward": ns["compiled/forward"], "floor": floor, "over_floor": ns["compiled/forward"] / floor}
     found["torch_forward"] = min(t for name, t in ns.items() if name.endswith("/forward") and "compiled" not in name)
@@ -311,11 +325,9 @@ def kernels_of(choice: str) -> Iterator[None]:
 
 
 def _dreaming(world: WorldModel, batch: int, chunk: int, kernels: str) -> Callable[[], float]:
-    low, high = world.scaling.action_low, world.scaling.action_high
-    shape = (batch, chunk, world.config.action_dim)
-    actions = low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    state = world.observe(world.initial(batch), torch.zeros(batch, 1, world.config.obs_dim))
-    steps = max(8 if kernels == "native" else 2, (4096 if kernels == "native" else 512) // (batch * chunk))
+    state, actions = begun(world, batch, chunk)
+    calls, env_steps = (8, 4096) if kernels == "native" else (2, 512)  # of a turn, at least
+    steps = max(calls, env_steps // (batch * chunk))
 
     def run() -> float:
         dream = state

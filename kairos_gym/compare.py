@@ -142,9 +142,8 @@ def expect_apart(data: Experience | None, world: Any, rollouts: Rollouts) -> Non
     A hundredth of an episode's steps may be known: policies that end in a cycle come back to the same states for ever.
     """
     theirs = rollouts.episodes
-    if data is not None and (shared := data.episodes.shared(theirs)).any():
-        number = (theirs.index == 0).cumsum(0) - 1
-        steps = torch.zeros(int(number[-1]) + 1).index_add(0, number, shared.float())
+    if data is not None:
+        steps = data.episodes.known_steps(theirs)
         much = steps > 0.01 * theirs.left[theirs.starts()]
         if much.any():
             raise ValueError(

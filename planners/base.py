@@ -44,6 +44,14 @@ class Plan(NamedTuple):
         elites = None if self.elites is None else later(self.elites)
         return Plan(later(self.actions), torch.full_like(self.value, -torch.inf), elites)
 
+    def or_better(self, actions: Tensor, value: Tensor) -> Plan:
+        """In each row these actions [B,H,K,A] where their value [B] is higher, else this plan's."""
+        better = value > self.value
+        return self._replace(
+            actions=torch.where(better[:, None, None, None], actions, self.actions),
+            value=torch.where(better, value, self.value),
+        )
+
 
 class Planner(Protocol):
     """Anything that turns a dreamed state into a plan. Holds settings only, never a state or a generator."""
@@ -172,6 +180,15 @@ class Search(NamedTuple):
         """[A], the unit in which planners state their noise, so that one default fits every action space."""
         return (self.high - self.low) / 2
 
+    @property
+    def nothing_yet(self) -> Plan:
+        """What any finite return is better than."""
+        return Plan(self.mean, self.mean.new_full(self.mean.shape[:1], -torch.inf))
+
+    def around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Candidates mean + std * noise [B,N,H,K,A], put back onto the bounds."""
+        return torch.addcmul(mean[:, None], std[:, None], noise).clamp_(self.low, self.high)
+
     def normal(self, n: int) -> Tensor:
         """Standard normal noise [B,n,H,K,A]; row b is drawn from generator b alone."""
         shape = (n, *self.mean.shape[1:])
@@ -256,6 +273,14 @@ def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
 def device_of(state: LatentState) -> torch.device:
     """Where a state lives, and with it everything that is planned for it."""
     return next(iter(state.tensors.values())).device
+
+
+def require_elites(*, elites: int, candidates: int, min_std: float, std: float) -> None:
+    """Raises ValueError where as many elites, or as narrow a normal of them, can't be."""
+    if not 2 <= elites <= candidates:
+        raise ValueError(f"2 <= elites <= candidates must hold, got {elites} elites of {candidates}")
+    if not 0 <= min_std <= std:
+        raise ValueError(f"0 <= min_std <= std must hold, got min_std={min_std}, std={std}")
 
 
 def require_positive(**settings: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planners.base import COST
+from planners.base import COST, device_of
 from world_model.contract import Dynamics, Imagined, Spec
 from world_model.state import LatentState
 
@@ -44,7 +44,7 @@ class Cautious:
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """See ``Dynamics.initial``."""
         state = self.dynamics.initial(batch, seeds)
-        if (device := next(iter(state.tensors.values())).device).type != "cpu":
+        if (device := device_of(state)).type != "cpu":
             raise ValueError(f"a model's trust is told on the CPU, and this one dreams on {device}")
         size = self.spec.observation_box.shape[0]
         seen = torch.zeros(batch, dtype=torch.int64)

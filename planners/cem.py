@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planners.base import Plan, RewardFn, begin, refit, require_positive, score
+from planners.base import Plan, RewardFn, begin, refit, require_elites, require_positive, score
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -35,10 +35,7 @@ class CEM:
         require_positive(
             horizon=self.horizon, chunk=self.chunk, iterations=self.iterations, std=self.std, discount=self.discount
         )
-        if not 2 <= self.elites <= self.candidates:
-            raise ValueError(f"2 <= elites <= candidates must hold, got {self.elites} elites of {self.candidates}")
-        if not 0 <= self.min_std <= self.std:
-            raise ValueError(f"0 <= min_std <= std must hold, got min_std={self.min_std}, std={self.std}")
+        require_elites(elites=self.elites, candidates=self.candidates, min_std=self.min_std, std=self.std)
 
     def plan(
         self,
@@ -55,19 +52,13 @@ class CEM:
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
         min_std = self.min_std * search.half_range
         row = torch.arange(state.batch, device=mean.device)
-        best = Plan(mean, mean.new_full((state.batch,), -torch.inf))
+        best = search.nothing_yet
         for iteration in range(self.iterations):
-            samples = torch.addcmul(mean[:, None], std[:, None], search.normal(self.candidates))
-            samples = samples.clamp_(search.low, search.high)
+            samples = search.around(mean, std, search.normal(self.candidates))
             samples[:, 0] = mean
             returns = score(dynamics, state, samples, discount=self.discount, obs=obs, reward_fn=reward_fn)
             values, order = returns.topk(self.elites, dim=1)
-            better = values[:, 0] > best.value
-            leader = samples[row, order[:, 0]]
-            best = Plan(
-                torch.where(better[:, None, None, None], leader, best.actions),
-                torch.where(better, values[:, 0], best.value),
-            )
+            best = best.or_better(samples[row, order[:, 0]], values[:, 0])
             if iteration + 1 == self.iterations:
                 break  # nobody would dream another refit
             elites = samples[row[:, None], order]

@@ -52,11 +52,11 @@ class Gradient:
         """
         search = begin(dynamics, state, self.horizon, self.chunk, warm, seed)
         low, high = search.low, search.high
-        samples = torch.addcmul(search.mean[:, None], self.std * search.half_range, search.normal(self.starts))
-        samples = samples.clamp_(low, high)
+        std = (self.std * search.half_range).expand_as(search.mean)
+        samples = search.around(search.mean, std, search.normal(self.starts))
         samples[:, 0] = search.mean
         row = torch.arange(state.batch, device=samples.device)
-        best = Plan(search.mean, samples.new_full((state.batch,), -torch.inf))
+        best = search.nothing_yet
         # In half action ranges, so that one rate fits every action: 0 is the middle, -1 and 1 are the bounds.
         middle, half = (low + high) / 2, search.half_range.clamp(min=1e-12)
         place = ((samples - middle) / half).requires_grad_()
@@ -71,11 +71,7 @@ class Gradient:
                     "these dynamics, or reward_fn, pass no gradients on to the actions: use a planner that samples"
                 )
             value, leader = earned.detach().max(1)
-            better = value > best.value
-            best = Plan(
-                torch.where(better[:, None, None, None], actions.detach()[row, leader], best.actions),
-                torch.where(better, value, best.value),
-            )
+            best = best.or_better(actions.detach()[row, leader], value)
             if iteration == self.iterations:
                 break
             (place.grad,) = torch.autograd.grad(loss, place)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planners.base import Plan, RewardFn, begin, refit, require_positive, score
+from planners.base import Plan, RewardFn, begin, refit, require_elites, require_positive, score
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -39,10 +39,7 @@ class ICEM:
         require_positive(
             horizon=self.horizon, chunk=self.chunk, iterations=self.iterations, std=self.std, discount=self.discount
         )
-        if not 2 <= self.elites <= self.candidates:
-            raise ValueError(f"2 <= elites <= candidates must hold, got {self.elites} elites of {self.candidates}")
-        if not 0 <= self.min_std <= self.std:
-            raise ValueError(f"0 <= min_std <= std must hold, got min_std={self.min_std}, std={self.std}")
+        require_elites(elites=self.elites, candidates=self.candidates, min_std=self.min_std, std=self.std)
         if not self.shrink >= 1:
             raise ValueError(f"shrink must be at least 1, got {self.shrink}")
         if not 0 <= self.colour <= 10:
@@ -64,9 +61,7 @@ class ICEM:
         search = begin(dynamics, state, self.horizon, self.chunk, warm, seed)
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
         row, kept = torch.arange(state.batch, device=mean.device), round(self.keep * self.elites)
-        stay = torch.addcmul(mean[:, None], std[:, None], search.coloured(kept, self.colour)).clamp_(
-            search.low, search.high
-        )
+        stay = search.around(mean, std, search.coloured(kept, self.colour))
         if warm is not None and warm.elites is not None:
             known = warm.elites[:, :kept]
             if known.shape != stay.shape:
@@ -74,24 +69,18 @@ class ICEM:
                     f"warm.elites must hold {kept} for each row, as this planner keeps, got {known.shape[1]}"
                 )
             stay = torch.where(known.isnan(), stay, known)  # what isn't known is drawn like the others
-        best = Plan(mean, mean.new_full((state.batch,), -torch.inf))
+        best = search.nothing_yet
         for iteration in range(self.iterations):
             count = min(max(int(self.candidates * self.shrink**-iteration), 2 * self.elites), self.candidates)
-            samples = torch.addcmul(mean[:, None], std[:, None], search.coloured(count, self.colour))
-            samples = samples.clamp_(search.low, search.high)
+            samples = search.around(mean, std, search.coloured(count, self.colour))
             samples[:, 0] = mean
             samples = torch.cat([samples, stay], 1)
             earned = score(dynamics, state, samples, discount=self.discount, obs=obs, reward_fn=reward_fn)
             values, order = earned.topk(self.elites, dim=1)
             elites = samples[row[:, None], order]
             stay = elites[:, :kept]
-            better = values[:, 0] > best.value
-            best = Plan(
-                torch.where(better[:, None, None, None], elites[:, 0], best.actions),
-                torch.where(better, values[:, 0], best.value),
-                stay,
-            )
+            best = best.or_better(elites[:, 0], values[:, 0])
             new_mean, new_std = refit(elites, values, mean)
             mean = torch.lerp(new_mean, mean, self.momentum).clamp_(search.low, search.high)
             std = torch.lerp(new_std, std, self.momentum).clamp_(self.min_std * search.half_range)
-        return best
+        return best._replace(elites=stay)

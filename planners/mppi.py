@@ -49,10 +49,9 @@ class MPPI:
     ) -> Plan:
         """See ``Planner.plan`` -> the weighted average of each row's candidates, with its own imagined return."""
         search = begin(dynamics, state, self.horizon, self.chunk, warm, seed)
-        mean, std = search.mean, self.std * search.half_range
+        mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
         for _ in range(self.iterations):
-            samples = torch.addcmul(mean[:, None], std, search.normal(self.candidates))
-            samples = samples.clamp_(search.low, search.high)
+            samples = search.around(mean, std, search.normal(self.candidates))
             samples[:, 0] = mean
             returns = score(dynamics, state, samples, discount=self.discount, obs=obs, reward_fn=reward_fn)
             mean = torch.einsum("bn,bnhka->bhka", self._weights(returns), samples).clamp_(search.low, search.high)

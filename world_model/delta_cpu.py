@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from world_model.delta_reads import reads_by_chunk
 from world_model.native import once
 
 _CHUNK = 16  # as in delta.cpp
@@ -36,13 +37,9 @@ class _Tensors(ctypes.Structure):
 
 @lru_cache(maxsize=256)
 def _reads(at: tuple[int, ...], total: int) -> tuple[Any, Any, Any]:
-    """Reads by the chunk that they come after -> which [R], how many of its keys they see [R], first [chunks+1]."""
-    chunks = -(-total // _CHUNK)
-    of = [max(n - 1, 0) // _CHUNK for n in at]
-    order = sorted(range(len(at)), key=at.__getitem__)
-    upto = [at[r] - of[r] * _CHUNK for r in order]
-    first = [sum(c < chunk for c in of) for chunk in range(chunks + 1)]
-    return tuple((ctypes.c_int32 * max(len(x), 1))(*x) for x in (order, upto, first))  # type: ignore[return-value]
+    """``reads_by_chunk`` as delta.cpp takes it."""
+    reads = reads_by_chunk(at, -(-total // _CHUNK), _CHUNK)
+    return tuple((ctypes.c_int32 * max(len(x), 1))(*x) for x in reads)  # type: ignore[return-value]
 
 
 class _Delta(torch.autograd.Function):

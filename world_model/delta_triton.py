@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from world_model.constants import constant
+from world_model.delta_reads import reads_by_chunk
 from world_model.native import once, recorded
 from world_model.parts_triton import dot
 
@@ -203,16 +204,9 @@ def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tenso
 
 @constant
 def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads in the order of time [R], how many keys of their chunk they see [R], from which one on they are a chunk's.
-
-    That is [chunks+1]. Those before any key are the first chunk's.
-    """
-    of = [max(n - 1, 0) // _CHUNK for n in at]
-    order = sorted(range(len(at)), key=at.__getitem__)
-    seen = [at[r] - of[r] * _CHUNK for r in order]
-    first = [sum(c < chunk for c in of) for chunk in range(chunks + 1)]
-    which, after = (torch.tensor(x, dtype=torch.int64, device=device) for x in (order, seen))
-    return which, after, torch.tensor(first, device=device)
+    """``reads_by_chunk`` on the device."""
+    order, seen, first = (torch.tensor(x, dtype=torch.int64, device=device) for x in reads_by_chunk(at, chunks, _CHUNK))
+    return order, seen, first
 
 
 def _write(

@@ -113,12 +113,15 @@ class Episodes:
         found[at] = torch.from_numpy(np.isin(asked, known))
         return found
 
+    def known_steps(self, other: Episodes) -> Tensor:
+        """How many steps of each episode of ``other`` are among these -> float [E]."""
+        number = (other.index == 0).cumsum(0) - 1
+        return torch.zeros(len(other.starts())).index_add(0, number, self.shared(other).float())
+
     def holds(self, other: Episodes) -> Tensor:
         """Which episodes of ``other`` are, step by step, among these -> bool [E]; never one without a step."""
-        first = other.starts()
-        number = (other.index == 0).cumsum(0) - 1
-        known = torch.zeros(len(first)).index_add(0, number, self.shared(other).float())
-        return (known == other.left[first]) & (other.left[first] > 0)
+        length = other.left[other.starts()]
+        return (self.known_steps(other) == length) & (length > 0)
 
     def cut(self, steps: int) -> Episodes:
         """Only the first ``steps`` steps of every episode."""

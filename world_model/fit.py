@@ -339,14 +339,14 @@ class Run:
 
         Told once, it need not be asked in every update. led: whether it knows the frame before.
         """
-        model, data = self.model, self.episodes
+        model, data = self.model, self.scaled
         assert model.draft is not None
         told = []
         for at in torch.arange(len(data.obs)).split(4096):
             rows = torch.minimum(at[:, None] + 1 + torch.arange(model.config.chunk), (at + data.left[at])[:, None])
-            start, play = model.scaling.obs(data.obs[at]), model.scaling.action(data.action[rows])
-            before = model.scaling.obs(data.obs[at - (data.index[at] > 0).long()]) if led else start
-            told.append(model.draft.unroll(start, play, before, model.scaling))
+            start = data.obs[at]
+            before = data.obs[at - (data.index[at] > 0).long()] if led else start
+            told.append(model.draft.unroll(start, data.action[rows], before, model.scaling))
         means, variances = (torch.cat(x) for x in zip(*told, strict=True))
         return means, variances.sqrt_()
 

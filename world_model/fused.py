@@ -15,7 +15,7 @@ from torch import Tensor
 from world_model.contract import Imagined
 from world_model.flow import shift, shift_factor
 from world_model.frozen import Frozen, forget, made
-from world_model.native import available
+from world_model.native import available, recorded
 from world_model.noise import normal
 from world_model.state import LatentState
 
@@ -36,7 +36,7 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     """
     if inputs and not inputs[0].is_cpu:
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*state.tensors.values(), *inputs)):
+    if recorded(*state.tensors.values(), *inputs):
         return None
     library = available("dream")
     if library is None:

@@ -137,10 +137,7 @@ class Block(nn.Module):
             mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, memory["S"])
         else:
             mixed, new = self._window(q, k, v, layout, memory, age)
-        mixed_w, mixed_a = (
-            mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group)).split([self.group - 1, 1], 2)
-        )
-        return mixed_w, mixed_a, new
+        return *self._apart(mixed), new
 
     def _streams(self, layout: Layout, *tensors: Tensor) -> bool:
         """Whether a GPU's kernels do it: they pass no gradients, and a G layer's take clean frames or one chunk."""
@@ -187,6 +184,11 @@ class Block(nn.Module):
         tokens = torch.cat([qkv_w, qkv_a], 2).flatten(1, 2)  # [B,F*(P+1),3*inner]
         q, k, v = tokens.unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
         return q, k, v
+
+    def _apart(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """What all tokens were answered [B,H,N,d] -> the two streams' [B,F,P,I], [B,F,1,I]."""
+        tokens = mixed.transpose(1, 2).flatten(-2).unflatten(1, (-1, self.group))
+        return tokens[:, :, :-1], tokens[:, :, -1:]
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Log alpha and beta, each [B,H,N]."""

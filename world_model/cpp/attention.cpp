@@ -40,7 +40,7 @@ struct Heads {
 
   void begin(int64_t h) {
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < ldn; j++) bias[size_t(r) * ldn + j] = j < N ? s.bias[(h * R + r) * N + j] : -std::numeric_limits<float>::infinity();
+      for (int j = 0; j < ldn; j++) bias[size_t(r) * ldn + j] = j < N ? s.bias[(h * R + r) * N + j] : NEVER;
   }
 
   // Queries, keys and values of a head, and the weights of its attention

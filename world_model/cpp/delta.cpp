@@ -41,7 +41,7 @@ struct Work {  // of one head; every matrix row by row
   float *S, *dS, *St, *dSt;         // [d,e]; transposed [e,d]
   float *K, *Kt, *V, *U, *Ut, *X;   // [C,d], [d,C], [C,e], [C,e], [e,C], [C,e]
   float *D, *L, *Lb, *Q, *Qt, *P, *Pt, *O;  // [C+1,C], [C,C], L and beta, [R,d], [d,R], [R,C], [C,R], [R,e]
-  float *dX, *dP, *dK, *dQ, *dO, *tmp;
+  float *dX, *dP, *dK, *dQ, *dO, *dL;  // dL, then its transpose
   float c[C], grow[C], fade[C], beta[C], end;  // running log decay, its exp, exp(c_C - c)
   float *up;                                   // [R] exp(c_n) of each read
 };
@@ -58,7 +58,7 @@ Work work(const Shape& s, int most, Arena& a) {
   w.K = take(C, w.ldd), w.Kt = take(w.d, C), w.V = take(C, w.lde), w.U = take(C, w.lde), w.Ut = take(w.e, C);
   w.X = take(C, w.lde), w.D = take(C + 1, C), w.L = take(C, C), w.Lb = take(C, C), w.Q = take(most, w.ldd), w.Qt = take(w.d, w.ldr), w.P = take(most, C);
   w.Pt = take(C, w.ldr), w.O = take(most, w.lde), w.dX = take(C, w.lde), w.dP = take(most, C), w.dK = take(C, w.ldd);
-  w.dQ = take(most, w.ldd), w.dO = take(most, w.lde), w.tmp = take(C, std::max(w.lde, 2 * C));
+  w.dQ = take(most, w.ldd), w.dO = take(most, w.lde), w.dL = take(2 * C, C);
   w.up = take(1, w.ldr);
   return w;
 }
@@ -66,7 +66,7 @@ Work work(const Shape& s, int most, Arena& a) {
 size_t work_room(const Shape& s, int most) {
   const size_t ldd = pad(int(s.d)), lde = pad(int(s.e)), ldr = pad(most), m = most;
   return 2 * s.d * lde + 2 * s.e * ldd + C * (2 * ldd + 4 * lde + 3 * C + 1 + ldr) + (s.d + s.e) * C + s.d * ldr +
-         m * (2 * ldd + 2 * lde + 2 * C) + C * std::max<size_t>(lde, 2 * C) + ldr + 64 * V;
+         m * (2 * ldd + 2 * lde + 2 * C) + C * 2 * C + ldr + 64 * V;
 }
 
 inline void times(float* x, const float* y, int n) {  // whole vectors
@@ -273,7 +273,7 @@ struct Head {
       multiply(C, w.U, w.lde, w.dSt, w.ldd, w.e, w.ldd, w.dK, w.ldd);
       for (int i = 0; i < C; i++) scale(w.dK + size_t(i) * w.ldd, w.fade[i], w.ldd);
       // ... through L, both ways, ...
-      float* dL = w.tmp;  // [C,C], then its transpose
+      float* dL = w.dL;
       multiply(C, w.dX, w.lde, w.Ut, C, w.e, C, dL, C);
       for (int i = 0; i < C; i++) times(dL + i * C, w.D + (i + 1) * C, C), scale(dL + i * C, -1.0f, C), dL[i * C + i] = 0.0f;
       transpose([&](int i) { return dL + size_t(i) * C; }, C, C, dL + C * C, C);
@@ -395,7 +395,7 @@ struct Mixer {
     for (int i = 0; i < own; i++) {
       float* p = scores + size_t(i) * lds;
       for (int j = 0; j < own; j++) p[j] = by * dot(q + size_t(from + i) * d, k + size_t(from + j) * d, d);
-      std::fill(p + own, p + lds, -std::numeric_limits<float>::infinity());
+      std::fill(p + own, p + lds, NEVER);
       softmax(p, lds);
     }
   }

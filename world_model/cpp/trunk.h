@@ -85,7 +85,7 @@ size_t pass_room(const Model& m, int rows) {  // rows: frames of all dreams of a
   const size_t width = pad(std::max(m.D, m.Da)), token = rows * group;
   size_t own = token * (width + panels(2 * m.inner()) * PANEL + panels(2 * m.H) * PANEL +
                         panels(m.inner() + m.expand * std::max(m.D, m.Da)) * PANEL + PANEL);
-  size_t heads = pad(m.d) * ldk + m.K * group * (ldk + ldv) + 3 * ldv * size_t(pad(m.d)) + 8 * ldv;
+  size_t heads = pad(m.d) * ldk + m.K * group * (ldk + ldv) + ldv * size_t(pad(m.d));
   return own + heads + size_t(64) * V;
 }
 
