@@ -19,7 +19,7 @@ from kairos_gym.cloning import best, cloned
 from kairos_gym.models import load
 from kairos_gym.recipes import RECIPES, config, data, recorded_as
 from kairos_gym.report import machine
-from planners import CEM, MPC, Proposed
+from planners import CEM, MPC, Objective, Proposed
 from world_model.episodes import Episodes
 from world_model.fit import fit
 
@@ -130,7 +130,7 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         simulator = SimulatorDynamics(RECIPES["lift"].env)
 
         def true(number: int) -> Act:
-            mpc = MPC(simulator, planner, seed=number, reward_fn=wanted)
+            mpc = MPC(simulator, planner, Objective(reward_fn=wanted), seed=number)
             return lambda obs, seen: mpc.act(obs, state=simulator.capture(env))
 
         return true, about | {"data": None}
@@ -146,7 +146,7 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         planner = Proposed(planner, cloned(task.spec, task.train))
 
     def dreaming(number: int) -> Act:
-        mpc = MPC(world, planner, seed=number, reward_fn=wanted)
+        mpc = MPC(world, planner, Objective(reward_fn=wanted), seed=number)
         return lambda obs, seen: mpc.act(obs, inner_obs=seen)
 
     return dreaming, about

@@ -1,13 +1,17 @@
 """Planners: search for good actions inside any ``Dynamics``, learned or real."""
 
-from planners.base import Plan, Planner, RewardFn, score
+from planners.base import Planner, SearchPlanner
 from planners.cautious import Cautious
 from planners.cem import CEM
 from planners.gradient import Gradient
 from planners.icem import ICEM
 from planners.mpc import MPC
 from planners.mppi import MPPI
+from planners.objective import Objective
+from planners.plan import Kept, Plan
 from planners.proposed import Proposed
+from planners.scoring import Scored, score
+from planners.search import Search
 from planners.shooting import RandomShooting
 
 __all__ = [
@@ -17,10 +21,14 @@ __all__ = [
     "MPPI",
     "Cautious",
     "Gradient",
+    "Kept",
+    "Objective",
     "Plan",
     "Planner",
     "Proposed",
     "RandomShooting",
-    "RewardFn",
+    "Scored",
+    "Search",
+    "SearchPlanner",
     "score",
 ]

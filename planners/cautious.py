@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planners.base import COST, device_of
+from planners.scoring import COST
+from planners.search import device_of
 from world_model.contract import Dynamics, Imagined, Spec
 from world_model.state import LatentState
 
@@ -19,7 +20,7 @@ class Cautious:
 
     The doubt is that of ``world_model.trust``: it grows along each imagined path, faster where the model was trained on
     nothing similar, and its unit is that of the model's error, the RMS over dimensions in standard deviations. Each
-    step costs ``penalty`` times the doubt after it, also where a ``reward_fn`` pays. All planners plan in it as in any
+    step costs ``penalty`` times the doubt after it, also where an objective pays. All planners plan in it as in any
     ``Dynamics``:
 
         MPC(Cautious(model, penalty=2.0), CEM())

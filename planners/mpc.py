@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planners.base import Plan, Planner, RewardFn, bounds, device_of
+from planners.base import Planner
+from planners.objective import Objective
+from planners.plan import Plan
+from planners.search import bounds, device_of
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -28,11 +31,20 @@ class MPC:
         mpc.reset()  # before the next episode
 
     Row b of ``MPC(..., seed=s)`` decides as ``MPC(..., seed=s + b)`` would alone, and ``reset`` begins the same
-    sequence of decisions again. ``plan`` is the last plan made, None before the first.
+    sequence of decisions again. ``plan`` is the last plan made, None before the first; with ``keep`` it holds all that
+    was dreamed for it. ``predict`` is the same as Stable-Baselines3 asks for it, for ``evaluate_policy`` and its like.
     """
 
-    def __init__(self, dynamics: Dynamics, planner: Planner, *, seed: int = 0, reward_fn: RewardFn | None = None):
-        self.dynamics, self.planner, self.seed, self.reward_fn = dynamics, planner, seed, reward_fn
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        planner: Planner,
+        objective: Objective = Objective(),
+        *,
+        seed: int = 0,
+        keep: bool = False,
+    ):
+        self.dynamics, self.planner, self.objective, self.seed, self.keep = dynamics, planner, objective, seed, keep
         self.reset()
 
     def reset(self, batch: int = 1) -> None:
@@ -87,7 +99,8 @@ class MPC:
             warm=self._warm(),
             seed=self._seeds * 1_000_003 + self._decisions,  # apart for all rows and decisions
             obs=now.to(device_of(state)),
-            reward_fn=self.reward_fn,
+            objective=self.objective,
+            keep=self.keep,
         )
         lost = (~plan.value.isfinite()).nonzero().flatten().tolist()
         if lost:
@@ -104,6 +117,26 @@ class MPC:
         if isinstance(obs, Tensor):
             return actions.to(obs.device)
         return actions.cpu().numpy().astype(self.dynamics.spec.action_space.dtype)
+
+    def predict(
+        self,
+        observation: Array,
+        state: None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, None]:
+        """``act`` as Stable-Baselines3 calls a policy: obs [B,O] or [O] -> (actions [B,A] or [A], None).
+
+        episode_start: bool [B], the rows that begin an episode; where None, those go on that have been seen. The memory
+        stays in here, so ``state`` is neither needed nor given, and a plan is always ``deterministic``. A planner of
+        chunks K > 1 gives [B,K,A], for an environment that takes them (``envs.ChunkedActions``).
+        """
+        batch = len(observation) if observation.ndim == 2 else 1
+        if batch != len(self._fresh):
+            self.reset(batch)
+        if episode_start is not None:
+            self.reset_rows(np.asarray(episode_start, bool))
+        return self.act(observation), None
 
     @torch.no_grad()
     def _observe(self, now: Tensor, inner_obs: np.ndarray | Tensor | None, single: bool) -> LatentState:

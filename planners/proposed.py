@@ -1,4 +1,4 @@
-"""Planning that begins where a policy would go, instead of at the middle of the bounds."""
+"""Planning in which a policy proposes a share of the candidates, and where the search begins."""
 
 from __future__ import annotations
 
@@ -8,22 +8,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planners.base import Plan, RewardFn, bounds
-from planners.cem import CEM
+from planners.base import SearchPlanner, require_positive
+from planners.objective import Objective
+from planners.plan import Plan
+from planners.search import Search
 from world_model.contract import Dynamics
 from world_model.state import LatentState
+
+_APART = 0x5EED  # so that the policy's noise isn't the planner's
 
 
 @dataclass(frozen=True)
 class Proposed:
-    """CEM whose every search begins around what ``policy`` does in the dream, and never ends with less.
+    """A planner whose every search begins around what ``policy`` does in the dream, and never ends with less.
 
-    What was planned before is forgotten: the policy proposes anew from each state.
+    Of the candidates, ``proposals`` are of the policy acting with noise, as TD-MPC's are (arXiv 2203.04955), and what
+    was planned before is one too; the planner draws the others around what the policy does without noise.
     """
 
-    planner: CEM
-    policy: Callable[[Tensor], Tensor]  # obs [B,O] -> action [B,A], a pure function; clipped to the bounds
+    planner: SearchPlanner
+    policy: Callable[[Tensor], Tensor]  # obs [R,O] -> action [R,A], a pure function; clipped to the bounds
+    proposals: int = 8
+    std: float = 0.1  # of their noise, in half action ranges
 
+    def __post_init__(self) -> None:
+        require_positive(proposals=self.proposals, std=self.std)
+
+    @torch.no_grad()
     def plan(
         self,
         dynamics: Dynamics,
@@ -32,22 +43,30 @@ class Proposed:
         warm: Plan | None = None,
         seed: int | Tensor = 0,
         obs: Tensor | None = None,
-        reward_fn: RewardFn | None = None,
+        objective: Objective = Objective(),
+        keep: bool = False,
     ) -> Plan:
-        """See ``Planner.plan``; ``warm`` is ignored. Raises ValueError without ``obs``."""
+        """See ``Planner.plan``. Raises ValueError without ``obs``."""
         if obs is None:
             raise ValueError("a policy proposes from what it sees: pass the present observations as obs [B,O]")
-        planner, (low, high) = self.planner, bounds(dynamics.spec, obs.device)
-        dream, seen, actions = state, obs, []
-        with torch.no_grad():
-            for _ in range(planner.horizon * planner.chunk):
-                actions.append(self.policy(seen).clamp(low, high))
-                dream, imagined = dynamics.imagine(dream, actions[-1][:, None], decode=True)
-                if imagined.obs is None:
-                    raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
-                seen = imagined.obs[:, 0]
+        planner, horizon = self.planner, self.planner.horizon * self.planner.chunk
+        search, n = Search(dynamics, state, (horizon, 1), seed=torch.as_tensor(seed) ^ _APART), 1 + self.proposals
+        noise = self.std * search.half_range * search.normal(n)  # [B,1+P,H*K,1,A]
+        noise[:, 0] = 0
+        dream, seen, actions = state.expand(n), obs.repeat_interleave(n, 0), []
+        for step in noise.flatten(0, 1).unbind(1):
+            actions.append((self.policy(seen)[:, None] + step).clamp(search.low, search.high))
+            dream, imagined = dynamics.imagine(dream, actions[-1], decode=True)
+            if imagined.obs is None:
+                raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
+            seen = imagined.obs[:, 0]
         # Where a dream was lost, so is what the policy makes of it: the middle of the bounds takes its place.
-        proposed = torch.stack(actions, 1)
-        proposed = torch.where(proposed.isfinite(), proposed, (low + high) / 2)
-        start = Plan(proposed.unflatten(1, (planner.horizon, planner.chunk)), obs.new_full((len(obs),), -torch.inf))
-        return planner.plan(dynamics, state, warm=start, seed=seed, obs=obs, reward_fn=reward_fn)
+        proposed = torch.cat(actions, 1)
+        middle = (search.low + search.high) / 2
+        proposed = torch.where(proposed.isfinite(), proposed, middle)
+        proposed = proposed.unflatten(1, (planner.horizon, planner.chunk)).unflatten(0, (-1, n))
+        last = middle.expand_as(proposed[:, 0]) if warm is None else warm.actions
+        elites = [] if warm is None or warm.elites is None else [warm.elites]
+        elites += [last[:, None], proposed[:, 1:]]
+        start = Plan(proposed[:, 0], obs.new_full((len(obs),), -torch.inf), torch.cat(elites, 1))
+        return planner.plan(dynamics, state, warm=start, seed=seed, obs=obs, objective=objective, keep=keep)

@@ -5,42 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from planners.base import Plan, RewardFn, begin, require_positive, score
-from world_model.contract import Dynamics
-from world_model.state import LatentState
+from planners.base import SearchPlanner, require_positive
+from planners.plan import Plan
+from planners.search import Search
 
 
 @dataclass(frozen=True)
-class RandomShooting:
+class RandomShooting(SearchPlanner):
     """Actions uniform within their bounds, independent at every step (arXiv 1708.02596, section IV-C).
 
     The plan that the search starts from is always candidate 0, so a warm start is only left for something better.
     """
 
-    horizon: int = 15  # H, chunks
-    chunk: int = 1  # K, steps in a chunk
     candidates: int = 1000  # N
-    discount: float = 1.0  # per step
 
     def __post_init__(self) -> None:
-        require_positive(horizon=self.horizon, chunk=self.chunk, candidates=self.candidates, discount=self.discount)
+        super().__post_init__()
+        require_positive(candidates=self.candidates)
 
-    def plan(
-        self,
-        dynamics: Dynamics,
-        state: LatentState,
-        *,
-        warm: Plan | None = None,
-        seed: int | Tensor = 0,
-        obs: Tensor | None = None,
-        reward_fn: RewardFn | None = None,
-    ) -> Plan:
-        """See ``Planner.plan`` -> the best candidate of each row, with its own imagined return."""
-        search = begin(dynamics, state, self.horizon, self.chunk, warm, seed)
+    def find(self, search: Search) -> Plan:
+        """-> the best candidate [B,H,K,A] of each row, with its own imagined return [B]."""
         samples = torch.lerp(search.low, search.high, search.uniform(self.candidates))
         samples[:, 0] = search.mean
-        returns = score(dynamics, state, samples, discount=self.discount, obs=obs, reward_fn=reward_fn)
-        value, best = returns.max(1)
-        return Plan(samples[torch.arange(state.batch, device=best.device), best], value)
+        search.score(search.with_known(samples))
+        return search.best

@@ -13,7 +13,7 @@ from toys import LQR, ToyDynamics, box_spec
 from kairos_gym.collect import collect
 from kairos_gym.dream_env import DreamEnv
 from kairos_gym.dream_vector_env import DreamVectorEnv
-from planners import CEM
+from planners import CEM, Objective
 from world_model.baselines import Baseline, fit_constant, fit_ensemble, fit_linear
 from world_model.episodes import Episodes, spec_of
 
@@ -76,7 +76,9 @@ def test_a_planner_is_at_home_in_the_linear_model() -> None:
         return -((after @ toy.q) * after).sum(-1) - ((u @ toy.r) * u).sum(-1)  # quadratic: the model has it not
 
     planner = CEM(horizon=8, chunk=1, candidates=200, elites=20, iterations=8)
-    plan = planner.plan(model, model.observe(model.initial(1), x[:, None]), obs=x, reward_fn=reward_fn)
+    plan = planner.plan(
+        model, model.observe(model.initial(1), x[:, None]), obs=x, objective=Objective(reward_fn=reward_fn)
+    )
     played = plan.actions.reshape(1, -1, 1)
     _, real = toy.imagine(toy.start(x), played)
     assert real.reward.sum() > 1.15 * toy.optimal_return(x, 8).item()

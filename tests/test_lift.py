@@ -19,7 +19,7 @@ from kairos_gym.models import load
 from kairos_gym.plan import plan
 from kairos_gym.playing import TURNS
 from kairos_gym.policies import ladder
-from planners import CEM, MPC
+from planners import CEM, MPC, Objective
 
 robosuite = pytest.importorskip("robosuite", exc_type=ImportError)
 
@@ -173,7 +173,7 @@ def test_a_plan_in_the_dream_lifts_the_cube_for_real() -> None:
     env: Any = make_real("robosuite/Lift-v0")
     wins = 0
     for seed in range(300, 304):
-        mpc = MPC(load("lift"), PLANNER, seed=seed, reward_fn=staged_lift(env.unwrapped.fields))
+        mpc = MPC(load("lift"), PLANNER, Objective(reward_fn=staged_lift(env.unwrapped.fields)), seed=seed)
         obs, info = env.reset(seed=seed)
         seen, over = None, False
         while not over:

@@ -14,8 +14,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toys import LQR, PointMass, TinyMLP, ToyDynamics, box_spec
 
-import planners.base
-from planners import CEM, ICEM, MPC, MPPI, Cautious, Gradient, Plan, Planner, Proposed, RandomShooting, score
+import planners
+import planners.scoring
+from planners import (
+    CEM,
+    ICEM,
+    MPC,
+    MPPI,
+    Cautious,
+    Gradient,
+    Objective,
+    Plan,
+    Planner,
+    Proposed,
+    RandomShooting,
+    Search,
+    score,
+)
 from world_model.contract import Dynamics, Imagined
 from world_model.state import LatentState
 
@@ -103,7 +118,7 @@ def test_within_one_percent_of_the_optimum(toy: Any, x: Tensor, planner: Planner
         plan = planner.plan(toy, toy.start(x), seed=seed)
         assert (plan.value <= optimum + 1e-5).all()
         assert ((optimum - plan.value) / optimum.abs() < 0.01).all()
-        torch.testing.assert_close(score(toy, toy.start(x), plan.actions[:, None])[:, 0], plan.value)
+        torch.testing.assert_close(score(toy, toy.start(x), plan.actions[:, None]).value[:, 0], plan.value)
 
 
 @toys_and_starts
@@ -119,7 +134,7 @@ def test_random_shooting_is_near_the_optimum(toy: Any, x: Tensor) -> None:
 
 def test_defaults_beat_doing_nothing_by_far() -> None:
     toy = PointMass(2)
-    nothing = score(toy, toy.start(POINT_STARTS), torch.zeros(2, 1, 15, 1, 2))[:, 0]
+    nothing = score(toy, toy.start(POINT_STARTS), torch.zeros(2, 1, 15, 1, 2)).value[:, 0]
     for planner in (RandomShooting(), CEM(), MPPI()):
         value = planner.plan(toy, toy.start(POINT_STARTS)).value
         assert (value > 0.6 * nothing).all()
@@ -156,15 +171,13 @@ def test_score_equals_the_slow_loop(toy: ToyDynamics, discount: float, reward_fn
     x = torch.rand(3, dim, generator=g) * 0.4 - 0.2
     candidates = torch.rand(3, 5, 3, 2, dim, generator=g) * 2 - 1
     truth = slow_score(toy, x, candidates, discount, reward_fn)
-    got = score(toy, toy.start(x), candidates, discount=discount, obs=x, reward_fn=reward_fn)
-    torch.testing.assert_close(got, truth)
+    objective = Objective(reward_fn=reward_fn, discount=discount)
+    torch.testing.assert_close(score(toy, toy.start(x), candidates, objective, obs=x).value, truth)
     if reward_fn is None and not isinstance(toy, TinyMLP):  # the hard cases did occur
         easy = slow_score(PointMass(dim), x, candidates, discount, None)
         assert 0 < (truth == easy).sum() < truth.numel()
-    monkeypatch.setattr(planners.base, "MAX_DREAMS", 4)  # slices that straddle the rows
-    torch.testing.assert_close(
-        score(toy, toy.start(x), candidates, discount=discount, obs=x, reward_fn=reward_fn), truth
-    )
+    monkeypatch.setattr(planners.scoring, "MAX_DREAMS", 4)  # slices that straddle the rows
+    torch.testing.assert_close(score(toy, toy.start(x), candidates, objective, obs=x).value, truth)
 
 
 def test_observations_are_decoded_only_for_a_reward_fn() -> None:
@@ -178,31 +191,91 @@ def test_observations_are_decoded_only_for_a_reward_fn() -> None:
     toy, x = Listening(), POINT_STARTS
     score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2))
     assert asked == [False] * 4
-    score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2), obs=x, reward_fn=odd_reward)
+    score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2), Objective(reward_fn=odd_reward), obs=x)
     assert asked[4:] == [True] * 4
+    score(toy, toy.start(x), torch.zeros(2, 3, 4, 1, 2), Objective(value_fn=lambda o: o[:, 0]))
+    assert asked[8:] == [False] * 3 + [True]
 
 
 def test_score_keeps_no_graph() -> None:
     toy = TinyMLP()
     toy.w1.requires_grad_()
-    assert not score(toy, toy.initial(1), torch.zeros(1, 2, 3, 1, 2)).requires_grad
+    assert not score(toy, toy.initial(1), torch.zeros(1, 2, 3, 1, 2)).value.requires_grad
+
+
+SOME = torch.zeros(2, 3, 4, 1, 2)
 
 
 @pytest.mark.parametrize(
-    "candidates, kwargs, message",
+    "candidates, objective, obs, message",
     [
-        (torch.zeros(2, 3, 4, 2), {}, r"\[B,N,H,K,A\] with B=2"),
-        (torch.zeros(3, 3, 4, 1, 2), {}, "B=2"),
-        (torch.zeros(2, 3, 4, 1, 3), {}, "A=2"),
-        (torch.zeros(2, 3, 4, 9, 2), {}, "K=9"),
-        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": odd_reward}, "pass the present observations"),
-        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": odd_reward, "obs": torch.zeros(2, 5)}, r"obs \[2, 2\]"),
-        (torch.zeros(2, 3, 4, 1, 2), {"reward_fn": lambda o, a, n: n, "obs": torch.zeros(2, 2)}, "reward_fn must drop"),
+        (torch.zeros(2, 3, 4, 2), {}, None, r"\[B,N,H,K,A\] with B=2"),
+        (torch.zeros(3, 3, 4, 1, 2), {}, None, "B=2"),
+        (torch.zeros(2, 3, 4, 1, 3), {}, None, "A=2"),
+        (torch.zeros(2, 3, 4, 9, 2), {}, None, "K=9"),
+        (SOME, {"reward_fn": odd_reward}, None, "pass the present observations"),
+        (SOME, {"reward_fn": odd_reward}, torch.zeros(2, 5), r"obs \[2, 2\]"),
+        (SOME, {"goal": torch.zeros(2)}, None, "pass the present observations"),
+        (SOME, {"goal": torch.zeros(3, 2)}, torch.zeros(2, 2), r"goal must be \[2\] or \[2, 2\], got \[3, 2\]"),
+        (SOME, {"reward_fn": lambda o, a, n: n}, torch.zeros(2, 2), "reward_fn must drop"),
+        (SOME, {"cost_fn": lambda o, a, n: n, "cost_limit": 0.0}, torch.zeros(2, 2), "cost_fn must drop"),
+        (SOME, {"value_fn": lambda o: o}, None, "value_fn must drop"),
     ],
 )
-def test_score_names_what_does_not_fit(candidates: Tensor, kwargs: dict, message: str) -> None:
+def test_score_names_what_does_not_fit(candidates: Tensor, objective: dict, obs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score(PointMass(), PointMass().start(POINT_STARTS), candidates, **kwargs)
+        score(PointMass(), PointMass().start(POINT_STARTS), candidates, Objective(**objective), obs=obs)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"discount": 0.0}, "discount must be in"),
+        ({"goal": torch.zeros(2), "reward_fn": odd_reward}, "not both"),
+        ({"goal_weight": torch.ones(2)}, "pass goal too"),
+        ({"penalty": -1.0}, "penalty must be at least 0"),
+        ({"penalty": 1.0}, "need a cost_fn"),
+        ({"cost_limit": 1.0}, "need a cost_fn"),
+        ({"cost_fn": odd_reward}, "a cost_fn needs"),
+    ],
+)
+def test_objectives_that_make_no_sense(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**settings)
+
+
+def first(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+    """A cost: how far dimension 0 is above 0."""
+    return next_obs[..., 0].clamp(min=0)
+
+
+def test_what_a_critic_a_goal_and_a_cost_add_up_to() -> None:
+    """By hand, on a point that is told where to go: dt 0.1, 2 chunks of 2 steps, a wall in the way of one row."""
+    toy, x = PointMass(1, wall=0.45), torch.tensor([[0.2], [0.0]])
+    state, up = toy.start(x), torch.ones(2, 1, 2, 2, 1)  # 0.3, 0.4, 0.5 (the wall) and 0.1, 0.2, 0.3, 0.4
+
+    def value(**objective: Any) -> list[float]:
+        return score(toy, state, up, Objective(**objective), obs=x).value[:, 0].tolist()
+
+    assert value() == pytest.approx([-1.2, -1.0])
+    # The value of what lies beyond the horizon, but not beyond the end of an episode.
+    assert value(value_fn=lambda o: 10 * o[:, 0], discount=0.5) == pytest.approx(
+        [-0.3 - 0.4 / 2 - 0.5 / 4, -0.1 - 0.2 / 2 - 0.3 / 4 - 0.4 / 8 + 4 / 16]
+    )
+    assert value(goal=torch.tensor([0.5])) == pytest.approx([-0.2 - 0.1, -0.4 - 0.3 - 0.2 - 0.1])
+    each = torch.tensor([[0.5], [0.0]])  # each row its own
+    assert value(goal=each, goal_weight=torch.tensor([4.0])) == pytest.approx([-0.6, -2.0])
+    assert value(cost_fn=first, penalty=2.0) == pytest.approx([-3.6, -3.0])
+    limited = score(toy, state, up, Objective(cost_fn=first, cost_limit=1.1), obs=x)
+    assert limited.value[:, 0].tolist() == pytest.approx([-1.2, -1.0])
+    assert limited.violation is not None and limited.violation[:, 0].tolist() == pytest.approx([0.1, 0.0], abs=1e-6)
+
+
+def test_the_best_keep_the_limits_first() -> None:
+    value = torch.tensor([[5.0, 1.0, 2.0, -torch.inf, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    violation = torch.tensor([[0.5, 0.0, 0.0, torch.inf, 0.1], [3.0, 2.0, 2.0, 1.0, 4.0]])
+    assert planners.Scored(value).best(3).tolist() == [[4, 0, 2], [4, 3, 2]]
+    assert planners.Scored(value, violation).best(5).tolist() == [[2, 1, 4, 0, 3], [3, 2, 1, 0, 4]]
 
 
 # --- what every planner promises -------------------------------------------------------------------------------------
@@ -297,7 +370,7 @@ def test_the_colour_of_noise() -> None:
     """Unit variance whatever the colour; the power at f is f**-exponent, so that slow noise goes further."""
     toy = PointMass(1)
     for exponent, (horizon, chunk) in itertools.product((0.0, 1.0, 2.0), ((8, 4), (11, 3), (1, 1), (1, 2))):
-        search = planners.base.begin(toy, toy.start([[0.0]]), horizon, chunk, None, 0)
+        search = Search(toy, toy.start([[0.0]]), (horizon, chunk))
         noise = search.coloured(20_000, exponent)[0, ..., 0].flatten(1)
         assert noise.shape == (20_000, horizon * chunk)
         torch.testing.assert_close(noise.var(0), torch.ones(horizon * chunk), rtol=0.06, atol=0)
@@ -328,8 +401,8 @@ def test_icem_goes_on_with_its_elites() -> None:
     assert found.value == 0 and torch.equal(found.actions, known.elites[:, 0])  # type: ignore[index]
     none = ICEM(horizon=2, candidates=10, elites=10, iterations=2, keep=0.0).plan(only, only.initial(1))
     assert none.elites is not None and none.elites.shape[1] == 0
-    for wrong in (torch.zeros(1, 2, 2, 1, 1), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
-        with pytest.raises(ValueError, match=r"warm\.elites must"):
+    for wrong in (torch.zeros(1, 10, 2, 1, 1), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
+        with pytest.raises(ValueError, match=r"warm\.elites (must|holds 10)"):
             ICEM(horizon=2, candidates=10, elites=10).plan(only, only.initial(1), warm=known._replace(elites=wrong))
 
 
@@ -431,6 +504,72 @@ def test_plans_that_cannot_be_made(planner: Planner) -> None:
     toy.spec = replace(toy.spec, action_space=spaces.Box(-np.inf, np.inf, (2,)))
     with pytest.raises(ValueError, match="bound it first"):
         planner.plan(toy, toy.initial(1))
+
+
+# --- limits, repeated actions, and what a plan can tell --------------------------------------------------------------
+
+
+@each_planner
+def test_a_plan_keeps_its_limit_where_it_can(planner: Planner) -> None:
+    """Full speed home costs 6 units of effort; half of that pays for half of the way, and six too much for none."""
+    toy, x = PointMass(1), torch.tensor([[0.6], [-0.6]])
+
+    def effort(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        return action.abs().sum(-1)
+
+    free = planner.plan(toy, toy.start(x), obs=x)
+    assert free.violation is None
+    limited = Objective(cost_fn=effort, cost_limit=3.0)
+    plan = planner.plan(toy, toy.start(x), obs=x, objective=limited)
+    assert plan.violation is not None and (plan.violation == 0).all()
+    assert (plan.actions.abs().sum((1, 2, 3)) <= 3.0001).all() and (plan.value <= free.value).all()
+    nothing = score(toy, toy.start(x), torch.zeros(2, 1, 3, 2, 1)).value[:, 0]
+    assert (plan.value > nothing).all()
+    hopeless = planner.plan(
+        toy, toy.start(x), obs=x, objective=replace(limited, cost_fn=lambda o, a, n: 1 + effort(o, a, n))
+    )
+    assert hopeless.violation is not None and ((hopeless.violation >= 3) & (hopeless.violation < 4.5)).all()
+
+
+def test_a_limit_holds_near_the_optimum() -> None:
+    """With half of the effort the best is to use it all at once: 3 steps of full speed, then rest."""
+    toy, x = PointMass(1), torch.tensor([[0.6]])
+    limited = Objective(cost_fn=lambda o, a, n: a.abs().sum(-1), cost_limit=3.0)
+    optimum = -(0.5 + 0.4 + 4 * 0.3)
+    for planner in (CEM(horizon=6, iterations=20), MPPI(horizon=6, iterations=20), Gradient(horizon=6, iterations=100)):
+        plan = planner.plan(toy, toy.start(x), obs=x, objective=limited)
+        assert optimum - 0.06 < plan.value.item() <= optimum + 1e-5, planner
+
+
+@each_planner
+def test_one_action_for_a_whole_chunk(planner: Any) -> None:
+    toy, x = TinyMLP(chunk=4), torch.ones(2, 3)
+    steady = replace(planner, chunk=4, repeat=True)
+    plan = steady.plan(toy, toy.start(x), keep=True)
+    assert plan.actions.shape == (2, 3, 4, 2) and (plan.actions == plan.actions[:, :, :1]).all()
+    assert (plan.kept.candidates == plan.kept.candidates[..., :1, :]).all()
+    again = steady.plan(toy, toy.start(x), warm=plan.shifted(torch.zeros(2)))
+    assert (again.actions == again.actions[:, :, :1]).all()
+    torch.testing.assert_close(score(toy, toy.start(x), plan.actions[:, None]).value[:, 0], plan.value)
+
+
+@each_planner
+def test_a_plan_tells_how_it_was_found(planner: Any) -> None:
+    toy = PointMass(2)
+    state = toy.start(POINT_STARTS)
+    plan, plain = planner.plan(toy, state, keep=True), planner.plan(toy, state)
+    assert torch.equal(plan.actions, plain.actions) and plain.kept is None
+    kept, n = plan.kept, plan.evaluations
+    assert n == plain.evaluations and plan.seconds > 0
+    assert kept.candidates.shape == (2, n, 3, 2, 2) and kept.scored.futures.shape == (2, n, 6, 2)
+    scored = score(toy, state, kept.candidates, futures=True)
+    torch.testing.assert_close(kept.scored.value, scored.value)
+    torch.testing.assert_close(kept.scored.futures, scored.futures)
+    best = kept.scored.value.max(1).values
+    assert torch.equal(plan.value, best) or isinstance(planner, MPPI)
+    torch.testing.assert_close(
+        kept.scored.futures[:, 0, :2], (POINT_STARTS[:, None] + 0.1 * kept.candidates[:, 0, 0].cumsum(1))
+    )
 
 
 # --- MPC ------------------------------------------------------------------------------------------------------------
@@ -573,13 +712,31 @@ def test_mpc_plans_from_a_given_state_and_goes_on_from_it() -> None:
     assert witness.calls[1]["warm"] is not None
 
 
-def test_mpc_passes_its_reward_fn_on() -> None:
+def test_mpc_passes_its_objective_on() -> None:
     def go_right(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         return next_obs[..., 0] - obs[..., 0]
 
-    mpc = MPC(PointMass(1), CEM(horizon=4, iterations=10), reward_fn=go_right)
+    mpc = MPC(PointMass(1), CEM(horizon=4, iterations=10), Objective(reward_fn=go_right))
     assert mpc.act(np.array([0.5])) == pytest.approx(1.0, abs=0.01)
     assert mpc.plan is not None and mpc.plan.value.item() == pytest.approx(0.4, abs=0.01)
+
+
+def test_predict_is_what_stable_baselines_asks_of_a_policy() -> None:
+    toy, planner = PointMass(2), SMALL[1]
+    planner = replace(planner, chunk=1)  # type: ignore[type-var]
+    mpc, twin = MPC(toy, planner, seed=1), MPC(toy, planner, seed=1)
+    x = np.array([[0.5, 0.1], [0.2, -0.3]], np.float32)
+    twin.reset(2)
+    starts = np.ones(2, bool)
+    for done in ([False, True], [True, True], [False, False]):
+        actions, state = mpc.predict(x, state=None, episode_start=starts, deterministic=True)
+        assert state is None
+        np.testing.assert_array_equal(actions, twin.act(x))
+        starts = np.array(done)
+        twin.reset_rows(starts)
+        x = x + 0.1 * actions
+    assert mpc.predict(x[0])[0].shape == (2,)  # another number of rows begins anew
+    assert mpc.predict(x[:1])[0].shape == (1, 2)
 
 
 def test_mpc_solves_the_point_mass_from_numpy_with_the_action_space_dtype() -> None:
@@ -641,7 +798,7 @@ def test_a_proposal_is_where_the_search_begins() -> None:
     def policy(seen: Tensor) -> Tensor:
         return -3 * seen[:, :1]  # beyond the bounds, where it is clipped
 
-    plan = Proposed(planner, policy).plan(dynamics, state, obs=obs)
+    plan = Proposed(planner, policy, proposals=2, std=0.01).plan(dynamics, state, obs=obs)
     dream, seen, actions = state, obs, []
     for _ in range(6):
         actions.append(policy(seen).clamp(-1, 1))
@@ -649,10 +806,39 @@ def test_a_proposal_is_where_the_search_begins() -> None:
         assert imagined.obs is not None
         seen = imagined.obs[:, 0]
     own = score(dynamics, state, torch.stack(actions, 1)[:, None, :, None])
-    assert (plan.value >= own[:, 0]).all()
+    assert (plan.value >= own.value[:, 0]).all()
     assert (plan.actions[:, :, 0] - torch.stack(actions, 1)).abs().max() < 0.06
     with pytest.raises(ValueError, match="proposes from what it sees"):
         Proposed(planner, policy).plan(dynamics, state)
+    with pytest.raises(ValueError, match="holds 9 for each row, but this planner dreams 8 at once"):
+        Proposed(planner, policy).plan(dynamics, state, obs=obs)
+
+
+@pytest.mark.parametrize("kind", [CEM, ICEM, MPPI, RandomShooting, Gradient])
+def test_a_share_of_the_candidates_is_the_policys_and_the_last_plans(kind: Any) -> None:
+    """Only the policy's own way is paid for, and it is one that no noise would find."""
+
+    class Narrow(ToyDynamics):
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, -(u - torch.sin(x)).abs().sum(-1)
+
+    toy = Narrow(box_spec(1, 1))
+    planner = Proposed(kind(horizon=4), torch.sin, proposals=3)
+    value = planner.plan(toy, toy.start([[0.0], [2.0]]), obs=torch.tensor([[0.0], [2.0]])).value
+    assert (value == 0).all() or (kind is MPPI and (value > -0.2).all())  # which gives its average
+    lost = replace(planner, policy=lambda seen: torch.full_like(seen, torch.nan))  # the last plan is still there
+    before = Plan(torch.sin(torch.arange(4.0)).view(1, 4, 1, 1), torch.zeros(1))
+    plan = lost.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), warm=before)
+    assert plan.value == 0 or kind is MPPI
+    together = MPC(toy, planner, seed=3)
+    together.reset(2)
+    played = [together.act(np.array([[0.1], [0.7]]))]
+    together.reset_rows(np.array([False, True]))
+    played.append(together.act(np.array([[1.1], [0.2]])))
+    alone = MPC(toy, planner, seed=4)
+    np.testing.assert_allclose(alone.act(np.array([0.7])), played[0][1], atol=1e-5)
+    alone.reset_rows(np.array([True]))
+    np.testing.assert_allclose(alone.act(np.array([0.2])), played[1][1], atol=1e-5)
 
 
 # --- caution ----------------------------------------------------------------------------------------------------------
@@ -688,11 +874,10 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
     assert torch.equal(after["x"], plain["x"]) and wary.imagine(state, actions, decode=False)[1].obs is None
     _, later = wary.imagine(after, actions)  # the doubt goes on from chunk to chunk
     torch.testing.assert_close(later.reward[1], 0.6 - 2 * torch.tensor([3.25, 4.25]))
-    # A reward_fn knows nothing of doubt, which costs as much.
-    paid = score(
-        wary, state, actions[:, None, None], obs=torch.tensor([[0.4], [0.6]]), reward_fn=lambda o, a, n: n[..., 0]
-    )
-    torch.testing.assert_close(paid, expected.sum(1, keepdim=True))
+    # An objective knows nothing of doubt, which costs as much.
+    paid = Objective(reward_fn=lambda o, a, n: n[..., 0])
+    earned = score(wary, state, actions[:, None, None], paid, obs=torch.tensor([[0.4], [0.6]])).value
+    torch.testing.assert_close(earned, expected.sum(1, keepdim=True))
     again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
     torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
 

@@ -1,0 +1,63 @@
+"""What a plan is for: which reward, which cost, and what comes after the horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+StepFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``fn(obs [...,O], action [...,A], next_obs [...,O]) -> [...]``: what each step earns, or costs."""
+
+ValueFn = Callable[[Tensor], Tensor]
+"""``fn(obs [R,O]) -> [R]``: what is earned from there on, as a critic tells it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """By default as much as possible of the reward that the dynamics predict, within the horizon.
+
+    Functions see observations and actions in the units of the dynamics' spaces, on the dynamics' device, and must pass
+    gradients on where ``planners.Gradient`` plans. What a step after the end of an episode would earn, cost or be worth
+    doesn't count.
+    """
+
+    reward_fn: StepFn | None = None  # instead of the predicted reward
+    goal: Tensor | None = None  # [O], or [B,O], each row its own: minus the distance of next_obs from it is the reward
+    goal_weight: Tensor | None = None  # [O], of the squares of that distance; all 1 where None, 0 for what is as it may
+    value_fn: ValueFn | None = None  # of the last observation: what lies beyond the horizon
+    cost_fn: StepFn | None = None  # at least 0
+    cost_limit: float | None = None  # a sum of costs above it is a violation: a plan without one is always preferred
+    penalty: float = 0.0  # subtracted from the reward for each unit of cost
+    discount: float = 1.0  # per step, of rewards and of the value; costs are summed as they are
+
+    def __post_init__(self) -> None:
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount must be in (0, 1], got {self.discount}")
+        if self.goal is not None and self.reward_fn is not None:
+            raise ValueError("pass reward_fn or goal, not both")
+        if self.goal is None and self.goal_weight is not None:
+            raise ValueError("goal_weight weighs the distance from a goal: pass goal too")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty must be at least 0, got {self.penalty}")
+        if (self.cost_fn is None) != (self.cost_limit is None and self.penalty == 0):
+            raise ValueError("a cost_fn needs a cost_limit, a penalty, or both, and they need a cost_fn")
+
+    @property
+    def looks(self) -> bool:
+        """Whether it asks for the observations at every step."""
+        return self.pays or self.cost_fn is not None
+
+    @property
+    def pays(self) -> bool:
+        """Whether the reward is its own, not the dynamics'."""
+        return self.reward_fn is not None or self.goal is not None
+
+    def reward(self, obs: Tensor, action: Tensor, next_obs: Tensor, goal: Tensor | None) -> Tensor:
+        """What steps [R,K,...] earn [R,K] where it ``pays``; goal [R,O] is each row's own."""
+        if self.reward_fn is not None:
+            return self.reward_fn(obs, action, next_obs)
+        assert goal is not None
+        apart = next_obs - goal[:, None]
+        return -(apart if self.goal_weight is None else apart * self.goal_weight.to(apart).sqrt()).norm(dim=-1)

@@ -1,0 +1,161 @@
+"""``score``, the one place where candidates are dreamed, and how they compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from planners.objective import Objective
+from world_model.contract import Dynamics
+from world_model.state import LatentState
+
+COST, OVER = "cost", "over"
+"""A state's tensors [B,K]: what the steps of its last chunk cost beside their reward, and by how much each went beyond
+what is allowed, in dynamics that have such (``planners.Cautious``)."""
+
+# Dreamed side by side by one ``imagine`` call; more candidates take turns. That bounds the memory, and on a CPU keeps
+# their states in its caches from one chunk to the next.
+MAX_DREAMS = 256  # on a CPU, 64 times as many elsewhere
+
+
+class Scored(NamedTuple):
+    """What N candidates for each of B rows were imagined to earn."""
+
+    value: Tensor  # [B,N], -inf where it isn't finite
+    violation: Tensor | None = None  # [B,N], by how much limits were exceeded; None where there are none
+    futures: Tensor | None = None  # [B,N,H*K,O], where they were asked for
+
+    def best(self, n: int) -> Tensor:
+        """The n best of each row, best first -> int64 [B,n]: the least violation first, then the highest return."""
+        if self.violation is None:
+            return self.value.topk(n, dim=1).indices
+        order = self.value.argsort(dim=1, descending=True, stable=True)
+        return order.gather(1, self.violation.gather(1, order).argsort(dim=1, stable=True))[:, :n]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scored:
+        """With ``change`` made to every tensor that there is."""
+        violation = None if self.violation is None else change(self.violation)
+        return Scored(change(self.value), violation, None if self.futures is None else change(self.futures))
+
+    @staticmethod
+    def join(parts: Sequence[Scored], dim: int) -> Scored:
+        """All that was scored alike, one after the other."""
+        each = ([x for x in tensors if x is not None] for tensors in zip(*parts, strict=True))
+        value, violation, futures = (torch.cat(tensors, dim) if tensors else None for tensors in each)
+        assert value is not None
+        return Scored(value, violation, futures)
+
+
+def score(
+    dynamics: Dynamics,
+    state: LatentState,
+    candidates: Tensor,
+    objective: Objective = Objective(),
+    *,
+    obs: Tensor | None = None,
+    futures: bool = False,
+    gradients: bool = False,
+) -> Scored:
+    """Dream every candidate [B,N,H,K,A] from its row of ``state`` -> what it earns.
+
+    The value is the sum of discount**t times the reward of inner step t = 0..H*K-1, up to and including the step that
+    terminates, and discount**(H*K) times the objective's value of the last observation where none does. What isn't
+    finite becomes -inf, and its violation inf. obs: [B,O], the present observation, for objectives that look at every
+    step. futures: keep the imagined observations. gradients: those that the dynamics pass on to the candidates. Raises
+    ValueError on shapes that don't fit.
+    """
+    actions_dim = dynamics.spec.action_box.shape[0]
+    if candidates.ndim != 5 or candidates.shape[0] != state.batch or candidates.shape[-1] != actions_dim:
+        raise ValueError(
+            f"candidates must be [B,N,H,K,A] with B={state.batch} (the state's batch) and A={actions_dim}, "
+            f"got {list(candidates.shape)}"
+        )
+    if not 1 <= candidates.shape[3] <= dynamics.spec.chunk:
+        raise ValueError(f"candidates have chunks of K={candidates.shape[3]}; give 1 <= K <= {dynamics.spec.chunk}")
+    expected = (state.batch, dynamics.spec.observation_box.shape[0])
+    if objective.looks and (obs is None or obs.shape != expected):
+        got = "None" if obs is None else list(obs.shape)
+        raise ValueError(f"with this objective, pass the present observations as obs {list(expected)}, got {got}")
+    goal = objective.goal
+    if goal is not None:
+        if goal.shape not in (expected, expected[1:]):
+            raise ValueError(f"goal must be {list(expected[1:])} or {list(expected)}, got {list(goal.shape)}")
+        goal = goal.to(candidates).expand(expected)
+
+    n, most = candidates.shape[1], MAX_DREAMS if candidates.device.type == "cpu" else 64 * MAX_DREAMS
+    rows = torch.arange(state.batch, device=candidates.device).repeat_interleave(n)
+    parts = []
+    with torch.set_grad_enabled(gradients):
+        for at, actions in zip(rows.split(most), candidates.flatten(0, 1).split(most), strict=True):
+            now, there = (None if x is None else x[at] for x in (obs, goal))
+            parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
+    return Scored.join(parts, 0).each(lambda x: x.unflatten(0, (-1, n)))
+
+
+def _dream(
+    dynamics: Dynamics,
+    state: LatentState,
+    actions: Tensor,
+    objective: Objective,
+    obs: Tensor | None,
+    goal: Tensor | None,
+    futures: bool,
+) -> Scored:
+    """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
+    rewards, ends, costs, over, seen = [], [], [], [], []
+    for left, chunk in zip(range(actions.shape[1] - 1, -1, -1), actions.unbind(1), strict=True):
+        decode = objective.looks or futures or (left == 0 and objective.value_fn is not None)
+        state, imagined = dynamics.imagine(state, chunk, decode=decode)
+        reward, after = imagined.reward, imagined.obs
+        if decode:
+            if after is None:
+                raise ValueError("this objective needs observations, but imagine(decode=True) gave None")
+            seen.append(after)
+        if objective.looks:
+            assert obs is not None and after is not None
+            before, obs = torch.cat([obs[:, None], after[:, :-1]], dim=1), after[:, -1]
+            if objective.pays:
+                reward = _like(reward, "reward_fn", objective.reward(before, chunk, after, goal))
+                if COST in state.tensors:  # of which an objective knows nothing
+                    reward = reward - state[COST]
+            if objective.cost_fn is not None:
+                costs.append(_like(reward, "cost_fn", objective.cost_fn(before, chunk, after)))
+                reward = reward - objective.penalty * costs[-1]
+        if OVER in state.tensors:
+            over.append(state[OVER])
+        rewards.append(reward)
+        ends.append(imagined.terminated)
+    ended = torch.cat(ends, dim=1)
+    counts = ended.cumsum(1) == ended  # no termination before this step; the terminating step itself still counts
+
+    def total(steps: list[Tensor], discount: float = 1.0) -> Tensor:
+        # Masked before it is weighed: what follows a termination is meaningless and may well be NaN.
+        counted = torch.where(counts, torch.cat(steps, dim=1), 0.0)
+        return counted @ discount ** torch.arange(counted.shape[1], device=counted.device, dtype=counted.dtype)
+
+    value = total(rewards, objective.discount)
+    if objective.value_fn is not None:
+        later = _like(value, "value_fn", objective.value_fn(seen[-1][:, -1]))
+        value = value + torch.where(ended.any(1), 0.0, objective.discount ** ended.shape[1] * later)
+    violation = total(over) if over else None
+    if objective.cost_limit is not None:
+        beyond = (total(costs) - objective.cost_limit).clamp(min=0)
+        violation = beyond if violation is None else violation + beyond
+    finite = value.isfinite() if violation is None else value.isfinite() & violation.isfinite()
+    value = torch.where(finite, value, -torch.inf)
+    if violation is not None:
+        violation = torch.where(finite, violation, torch.inf)
+    return Scored(value, violation, torch.cat(seen, dim=1) if futures else None)
+
+
+def _like(like: Tensor, name: str, given: Tensor) -> Tensor:
+    """Raises ValueError where a function of the objective gave another shape than it must."""
+    if given.shape != like.shape:
+        raise ValueError(
+            f"{name} must drop the last dimension of its arguments: expected shape {list(like.shape)}, got "
+            f"{list(given.shape)}"
+        )
+    return given

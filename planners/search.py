@@ -1,0 +1,203 @@
+"""Search: one search for a plan, from its start through what was dreamed to the best that was seen."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from planners.objective import Objective
+from planners.plan import Kept, Plan
+from planners.scoring import Scored, score
+from world_model.contract import Dynamics, Spec
+from world_model.state import LatentState
+
+
+class Search:
+    """What a planner searches with: the bounds, where to begin, each row's own noise, and ``score``.
+
+    The best of each row that was ever scored is ``best``. With ``repeat``, a chunk's K steps share one action, and all
+    sequences here have K=1 where the plan and the dynamics have K.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        state: LatentState,
+        shape: tuple[int, int],
+        *,
+        repeat: bool = False,
+        warm: Plan | None = None,
+        seed: int | Tensor = 0,
+        obs: Tensor | None = None,
+        objective: Objective = Objective(),
+        keep: bool = False,
+    ):
+        """shape: (H, K). The others are those of ``Planner.plan``."""
+        self._begun = time.perf_counter()
+        self.dynamics, self.state, self.objective, self._obs = dynamics, state, objective, obs
+        device = device_of(state)
+        self.low, self.high = bounds(dynamics.spec, device)  # [A]
+        self._chunk, self._repeat = shape[1], repeat
+        whole = (state.batch, *shape, self.low.shape[0])
+        if warm is None:
+            self.mean = ((self.low + self.high) / 2).expand(whole)  # [B,H,K,A], to search around
+        elif warm.actions.shape == whole:
+            self.mean = warm.actions
+            if not ((self.mean >= self.low) & (self.mean <= self.high)).all():
+                raise ValueError(
+                    f"warm.actions must lie within {dynamics.spec.action_space}, got {self.mean.min()} to "
+                    f"{self.mean.max()}"
+                )
+        else:
+            raise ValueError(f"warm.actions must be [B,H,K,A] = {list(whole)}, got {list(warm.actions.shape)}")
+        self.known = self.mean[:, None][:, :0]  # [B,E,H,K,A], candidates that were brought along; NaN: unknown
+        if warm is not None and (elites := warm.elites) is not None:
+            outside = (elites < self.low) | (elites > self.high)
+            if elites.ndim != 5 or (elites.shape[0], *elites.shape[2:]) != whole or outside.any():
+                raise ValueError(
+                    f"warm.elites must be [B,E,H,K,A] with {list(whole)} but for E, within "
+                    f"{dynamics.spec.action_space} or NaN, got {list(elites.shape)}"
+                )
+            self.known = elites
+        if repeat:
+            self.mean, self.known = self.mean[..., :1, :], self.known[..., :1, :]
+        seeds = torch.as_tensor(seed)
+        if seeds.shape not in ((), (state.batch,)):
+            raise ValueError(f"seed must be one int or int64 [B] with B={state.batch}, got shape {list(seeds.shape)}")
+        self._generators = [torch.Generator(device).manual_seed(s) for s in seeds.expand(state.batch).tolist()]
+        self._row = torch.arange(state.batch, device=device)
+        # What anything finite is better than.
+        self.best = Plan(self._played(self.mean), torch.full((state.batch,), -torch.inf, device=device))
+        self._evaluations = 0
+        self._dreamed: list[tuple[Tensor, Scored]] | None = [] if keep else None
+
+    @property
+    def half_range(self) -> Tensor:
+        """[A], the unit in which planners state their noise, so that one default fits every action space."""
+        return (self.high - self.low) / 2
+
+    def score(self, samples: Tensor, *, gradients: bool = False) -> Scored:
+        """Dream candidates [B,N,H,K,A], and remember the best of each row."""
+        played = self._played(samples)
+        scored = score(
+            self.dynamics,
+            self.state,
+            played,
+            self.objective,
+            obs=self._obs,
+            futures=self._dreamed is not None,
+            gradients=gradients,
+        )
+        self._evaluations += samples.shape[1]
+        told = scored.each(torch.Tensor.detach)
+        if self._dreamed is not None:
+            self._dreamed.append((played.detach(), told))
+        leader = told.best(1)[:, 0]
+        value, violation = (None if x is None else x[self._row, leader] for x in (told.value, told.violation))
+        assert value is not None
+        better = value > self.best.value
+        if violation is not None:
+            least = torch.inf if self.best.violation is None else self.best.violation
+            better = (violation < least) | ((violation == least) & better)
+            violation = torch.where(better, violation, torch.as_tensor(least, device=value.device))
+        self.best = self.best._replace(
+            actions=torch.where(better[:, None, None, None], played.detach()[self._row, leader], self.best.actions),
+            value=torch.where(better, value, self.best.value),
+            violation=violation,
+        )
+        return scored
+
+    def elites(self, samples: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """``score``, and the n best candidates of each row [B,n,H,K,A], best first, with their returns [B,n]."""
+        scored = self.score(samples)
+        order = scored.best(n)
+        return samples[self._row[:, None], order], scored.value.gather(1, order)
+
+    def chosen(self, actions: Tensor) -> Plan:
+        """The plan to play actions [B,H,K,A], dreamed once more for what it earns."""
+        scored = self.score(actions[:, None])
+        violation = None if scored.violation is None else scored.violation[:, 0]
+        return Plan(self._played(actions), scored.value[:, 0], violation=violation)
+
+    def ended(self, plan: Plan) -> Plan:
+        """The plan with the story of this search."""
+        kept = None
+        if self._dreamed is not None:
+            candidates, scored = zip(*self._dreamed, strict=True)
+            kept = Kept(torch.cat(candidates, 1), Scored.join(scored, 1))
+        elites = None if plan.elites is None else self._played(plan.elites)
+        seconds = time.perf_counter() - self._begun
+        return plan._replace(elites=elites, evaluations=self._evaluations, seconds=seconds, kept=kept)
+
+    def with_known(self, samples: Tensor) -> Tensor:
+        """Samples [B,N,H,K,A] whose last ones are exchanged for the candidates that were brought along, where known."""
+        n = self.known.shape[1]
+        if n >= samples.shape[1]:
+            raise ValueError(f"warm.elites holds {n} for each row, but this planner dreams {samples.shape[1]} at once")
+        if n:
+            samples[:, -n:] = torch.where(self.known.isnan(), samples[:, -n:], self.known)
+        return samples
+
+    def around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Candidates mean + std * noise [B,N,H,K,A], put back onto the bounds."""
+        return torch.addcmul(mean[:, None], std[:, None], noise).clamp_(self.low, self.high)
+
+    def normal(self, n: int) -> Tensor:
+        """Standard normal noise [B,n,H,K,A]; row b is drawn from generator b alone."""
+        shape = (n, *self.mean.shape[1:])
+        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self._generators])
+
+    def uniform(self, n: int) -> Tensor:
+        """Noise uniform in [0,1), [B,n,H,K,A]; row b is drawn from generator b alone."""
+        shape = (n, *self.mean.shape[1:])
+        return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in self._generators])
+
+    def coloured(self, n: int, exponent: float) -> Tensor:
+        """Normal noise of unit variance whose power over frequency f falls as f**-exponent along the H*K steps."""
+        white = self.normal(n).flatten(2, 3)
+        frequency = torch.fft.rfftfreq(white.shape[2], device=white.device)
+        frequency[0] = frequency[1] if len(frequency) > 1 else 1.0
+        weight = frequency ** (-exponent / 2)
+        # By the spectrum of both signs: all frequencies but the first, and the last of an even number, stand for two.
+        power = torch.cat([weight, weight[1 : (white.shape[2] + 1) // 2]]).square().mean()
+        spectrum = torch.fft.rfft(white, dim=2) * (weight / power.sqrt())[:, None]
+        return torch.fft.irfft(spectrum, n=white.shape[2], dim=2).unflatten(2, self.mean.shape[1:3])
+
+    def _played(self, actions: Tensor) -> Tensor:
+        """[...,K,A] as the dynamics play them."""
+        return actions.expand(*actions.shape[:-2], self._chunk, -1) if self._repeat else actions
+
+
+def refit(elites: Tensor, values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The normal of the best candidates [B,E,H,K,A], whose returns are ``values`` [B,E] -> its mean and std [B,H,K,A].
+
+    With fewer finite returns than elites, the finite ones alone set the mean (``mean`` stays where there is none), but
+    all set the std: it would collapse around the first few finds.
+    """
+    finite = values.isfinite()
+    count = finite.sum(1)[:, None, None, None]
+    total = torch.einsum("be,behka->bhka", finite.to(elites.dtype), elites)
+    return torch.where(count > 0, total / count, mean), elites.std(1, correction=0)
+
+
+def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The action bounds, low [A] and high [A], float32. Raises ValueError where one is infinite or none is meant."""
+    if isinstance(spec.action_space, spaces.Discrete):
+        raise ValueError(f"planners search among real numbers; {spec.action_space} has choices instead")
+    space = spec.action_box
+    if not space.is_bounded():
+        raise ValueError(f"planners sample within the action bounds, but {space} has infinite ones: bound it first")
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    # A float64 bound may round to a float32 just outside of it.
+    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    return torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
+
+
+def device_of(state: LatentState) -> torch.device:
+    """Where a state lives, and with it everything that is planned for it."""
+    return next(iter(state.tensors.values())).device
