@@ -6,11 +6,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from gymnasium.error import Error as GymnasiumError
 from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from planners import Planner
+    from world_model.model import WorldModel
 
 Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
 Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
@@ -18,7 +22,7 @@ Datasets = Positional[Annotated[tuple[str, ...], arg(metavar="DATASET [DATASET .
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
 Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
-Method = Literal["cem", "mppi", "shooting"]
+Method = Literal["cem", "icem", "mppi", "shooting", "gradient"]
 
 
 def collect(
@@ -123,7 +127,7 @@ def plan(
     Args:
         model: a shipped model's name, a folder or a hub id
         env: the simulator to act in, instead of the one that the model was trained on
-        planner: the cross-entropy method, MPPI or random shooting
+        planner: the cross-entropy method, iCEM, MPPI, random shooting, or gradient ascent (in the dream only)
         where: plan in the model's dream, or in the true simulator, for comparison
         episodes: how many episodes to play, side by side
         horizon: how many chunks to look ahead
@@ -136,31 +140,55 @@ def plan(
 
     from envs import SimulatorDynamics
     from kairos_gym import plan as playing
-    from kairos_gym.models import load
     from kairos_gym.report import as_text
-    from planners import CEM, MPPI, Planner, RandomShooting
     from world_model.contract import Dynamics
 
-    world = load(model)
-    env_id = env or world.card.get("env")
-    if env_id is None:
-        raise ValueError(f"the card of {model} names no simulator: say which with --env")
-    method: Planner
-    if planner == "cem":
-        if candidates < 2:
-            raise ValueError(f"the cross-entropy method needs at least 2 candidates, got {candidates}")
-        elites = max(2, candidates // 10)
-        method = CEM(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std)
-    elif planner == "mppi":
-        method = MPPI(horizon=horizon, chunk=chunk, candidates=candidates, std=std)
-    else:
-        method = RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
+    world, env_id = _world(model, env)
+    method = _method(planner, horizon, chunk, candidates, std)
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
     run = playing.plan(env_id, dynamics, method, episodes=episodes, seed=seed)
     columns = ["planned in", "simulator", "episodes", "mean return", "95% interval", "median", "ms a decision"]
     interval = "{:.2f} to {:.2f}".format(*run.interval())
     row = [where, env_id, episodes, run.returns.mean(), interval, float(np.median(run.returns)), run.ms_per_decision]
     print(as_text(columns, [row]))
+
+
+def explain(
+    model: Model,
+    env: str | None = None,
+    planner: Method = "cem",
+    decision: int = 5,
+    horizon: int = 15,
+    chunk: int = 1,
+    candidates: int = 200,
+    std: float = 0.5,
+    seed: int = 0,
+    dims: tuple[int, ...] = (),
+    out: Path = Path("reports/plan.svg"),
+) -> None:
+    """Draw all futures that were dreamed for one decision, beside what then happened (kairos_gym.explain.explain).
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        env: the simulator to act in, instead of the one that the model was trained on
+        planner: as in plan
+        decision: which one, 0 is the episode's first
+        horizon: how many chunks to look ahead
+        chunk: how many steps to play before planning again
+        candidates: how many plans to dream at once
+        std: how widely the search begins, in half ranges of the actions
+        seed: of the episode and the search
+        dims: which dimensions of the observation to draw; where not given, up to three in which the futures differ most
+        out: the picture to write
+    """
+    from kairos_gym.explain import draw, explain
+
+    world, env_id = _world(model, env)
+    method = _method(planner, horizon, chunk, candidates, std)
+    explained = explain(env_id, world, method, decision=decision, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(explained, dims or None).savefig(out, dpi=150)
+    print(out)
 
 
 def score(
@@ -242,13 +270,9 @@ def compare(
 
     from kairos_gym import comparison_page
     from kairos_gym.compare import compare
-    from kairos_gym.models import load
     from kairos_gym.policies import load as load_policy
 
-    world = load(model)
-    env_id = env or world.card.get("env")
-    if env_id is None:
-        raise ValueError(f"the card of {model} names no simulator: say which with --env")
+    _, env_id = _world(model, env)
     success_fn = None
     if success is not None:
         module, _, name = success.partition(":")
@@ -309,7 +333,7 @@ def bench() -> None:
     """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, score, calibrate, compare, plan, demo, info, bench)}
+COMMANDS = {f.__name__: f for f in (collect, train, score, calibrate, compare, plan, explain, demo, info, bench)}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -340,6 +364,32 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _world(model: str, env: str | None) -> tuple[WorldModel, str]:
+    """The model, and the simulator that is meant."""
+    from kairos_gym.models import load
+
+    world = load(model)
+    env_id = env or world.card.get("env")
+    if env_id is None:
+        raise ValueError(f"the card of {model} names no simulator: say which with --env")
+    return world, env_id
+
+
+def _method(name: Method, horizon: int, chunk: int, candidates: int, std: float) -> Planner:
+    from planners import CEM, ICEM, MPPI, Gradient, RandomShooting
+
+    if name == "shooting":
+        return RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
+    if name == "gradient":
+        return Gradient(horizon=horizon, chunk=chunk, starts=candidates, std=std)
+    if name == "mppi":
+        return MPPI(horizon=horizon, chunk=chunk, candidates=candidates, std=std)
+    if candidates < 2:
+        raise ValueError(f"{name} needs at least 2 candidates, got {candidates}")
+    kind = CEM if name == "cem" else ICEM
+    return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=max(2, candidates // 10), std=std)
 
 
 def _print_errors(table: dict[str, dict[str, float]]) -> None:

@@ -14,7 +14,7 @@ class Kept(NamedTuple):
     """All that a search dreamed up, its rounds one after the other."""
 
     candidates: Tensor  # [B,N,H,K,A]
-    scored: Scored  # [B,N], with futures [B,N,H*K,O], the observations that were imagined; meaningless after an end
+    scored: Scored  # [B,N], with futures [B,N,H*K,O]
 
 
 class Plan(NamedTuple):

@@ -26,7 +26,7 @@ class Scored(NamedTuple):
 
     value: Tensor  # [B,N], -inf where it isn't finite
     violation: Tensor | None = None  # [B,N], by how much limits were exceeded; None where there are none
-    futures: Tensor | None = None  # [B,N,H*K,O], where they were asked for
+    futures: Tensor | None = None  # [B,N,H*K,O], what was imagined, where it was asked for; NaN after an end
 
     def best(self, n: int) -> Tensor:
         """The n best of each row, best first -> int64 [B,n]: the least violation first, then the highest return."""
@@ -148,7 +148,7 @@ def _dream(
     value = torch.where(finite, value, -torch.inf)
     if violation is not None:
         violation = torch.where(finite, violation, torch.inf)
-    return Scored(value, violation, torch.cat(seen, dim=1) if futures else None)
+    return Scored(value, violation, torch.where(counts[..., None], torch.cat(seen, 1), torch.nan) if futures else None)
 
 
 def _like(like: Tensor, name: str, given: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 from toys import PointMass
 from walks import Walk
 
-from kairos_gym import DreamEnv, DreamVecEnv
+from kairos_gym import DreamEnv, DreamVecEnv, load
+from kairos_gym.plan import plan
+from planners import CEM, MPC
 
 
 @pytest.mark.filterwarnings("error")
@@ -113,3 +115,17 @@ def test_ppo_learns_in_a_dream() -> None:
     after = np.mean(evaluate_policy(learner, venv, n_eval_episodes=256)[0])
     print(before, after, best)
     assert before < 2 * best and after > 1.15 * best, (before, after, best)
+
+
+def test_a_planner_is_a_policy_for_sb3() -> None:
+    """``evaluate_policy`` plays real episodes with an MPC, side by side, as ``kairos_gym.plan`` does."""
+    planner = CEM(horizon=5, candidates=16, elites=4, iterations=2)
+    sims = DummyVecEnv([lambda: Monitor(gym.make("Pendulum-v1"))] * 3)
+    sims.seed(100)
+    mpc = MPC(load("pendulum"), planner, seed=100)
+    returns, _ = evaluate_policy(mpc, sims, n_eval_episodes=3, return_episode_rewards=True)  # type: ignore[arg-type]
+    played = plan("Pendulum-v1", load("pendulum"), planner, episodes=3, seed=100, progress=False)
+    np.testing.assert_allclose(returns, played.returns, rtol=1e-3)
+    dreams = DreamVecEnv("pendulum", num_envs=4, max_episode_steps=20)
+    mean: Any = evaluate_policy(mpc, dreams, n_eval_episodes=4, warn=False)[0]  # type: ignore[arg-type]
+    assert -400 < mean < 0
