@@ -15,6 +15,7 @@ from kairos_gym.bench_env import endurance, env
 from kairos_gym.bench_gpu import gpu
 from kairos_gym.bench_kernels import memory, speed, step, updates
 from kairos_gym.bench_lift import lift, lift_speed
+from kairos_gym.bench_planners import planners, together
 from kairos_gym.bench_trust import trust
 from kairos_gym.models import load
 from kairos_gym.open_loop import open_loop
@@ -229,6 +230,8 @@ COMMANDS = {
         recall,
         floor,
         control,
+        planners,
+        together,
         env,
         endurance,
         trust,

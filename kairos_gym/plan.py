@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +14,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from planners import MPC, Planner
+from planners import MPC, Objective, Planner
 from world_model.contract import Dynamics
 
 Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
@@ -29,21 +29,34 @@ class Played:
     observations: list[NDArray[Any]]
     actions: list[NDArray[Any]]
     ms_per_decision: float  # of one episode; the episodes decide side by side and share the cost
+    evaluations: int = 0  # sequences dreamed for a decision, where it was planned
 
     def first(self, n: int) -> Played:
         """The first n episodes."""
-        return Played(self.returns[:n], self.observations[:n], self.actions[:n], self.ms_per_decision)
+        return replace(self, returns=self.returns[:n], observations=self.observations[:n], actions=self.actions[:n])
 
     def interval(self) -> tuple[float, float]:
-        """95% confidence interval of the mean return: the percentile bootstrap over episodes."""
-        n = len(self.returns)
-        means = self.returns[np.random.default_rng(0).integers(n, size=(10_000, n))].mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return float(low), float(high)
+        """95% confidence interval of the mean return."""
+        return interval(self.returns)
+
+
+def interval(returns: NDArray[np.float64]) -> tuple[float, float]:
+    """95% confidence interval of the mean of returns [E]: the percentile bootstrap over episodes."""
+    n = len(returns)
+    means = returns[np.random.default_rng(0).integers(n, size=(10_000, n))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def plan(
-    env_id: str, dynamics: Dynamics, planner: Planner, *, episodes: int = 10, seed: int = 0, progress: bool = True
+    env_id: str,
+    dynamics: Dynamics,
+    planner: Planner,
+    objective: Objective = Objective(),
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Played:
     """Play ``episodes`` of the simulator ``env_id``, planning in ``dynamics`` and replanning after every chunk.
 
@@ -61,7 +74,7 @@ def plan(
         if not _same(real, dreamed):
             raise ValueError(f"{env_id} has an {name} {real}, these dynamics {dreamed}: is it their simulator?")
     env.close()
-    mpc = MPC(dynamics, planner, seed=seed)
+    mpc = MPC(dynamics, planner, objective, seed=seed)
     mpc.reset(episodes)
     sims = [make_real(env_id) for _ in range(episodes)]
 
@@ -71,7 +84,9 @@ def plan(
         states = [dynamics.capture(sim)["simulator"] for sim in sims]  # not all observations tell the state
         return mpc.act(obs, state=dynamics.at(torch.cat(states)))
 
-    return play(env_id, act, episodes=episodes, seed=seed, progress=progress, sims=sims)
+    played = play(env_id, act, episodes=episodes, seed=seed, progress=progress, sims=sims)
+    assert mpc.plan is not None
+    return replace(played, evaluations=mpc.plan.evaluations)
 
 
 def _same(a: Any, b: Any) -> bool:
