@@ -78,9 +78,9 @@ def state_from_observation(env: gym.Env, obs: ArrayLike, *, pose_only: bool = Fa
     """The state that shows ``obs`` [O] -> [S], for ``set_state``. ``env`` itself is left as it is.
 
     Possible for Pendulum-v1, Reacher-v5, HalfCheetah-v5, Swimmer-v5, InvertedPendulum-v5, InvertedDoublePendulum-v5,
-    Hopper-v5 and Walker2d-v5, and with ``pose_only`` also for Pusher-v5. Positions that the task leaves free, such as
-    the distance travelled, are 0. Angles shown as a cosine and a sine that don't quite lie on the circle are taken by
-    their direction, so that a dreamed observation can be drawn.
+    Hopper-v5, Walker2d-v5 and CartPoleSwingUp-v0, and with ``pose_only`` also for Pusher-v5. Positions that the task
+    leaves free, such as the distance travelled, are 0. Angles shown as a cosine and a sine that don't quite lie on the
+    circle are taken by their direction, so that a dreamed observation can be drawn.
 
     pose_only: for drawing. Speeds that the observation hides (those of Pusher's object, or those clipped at 10) are
     0 instead of an error.
@@ -152,6 +152,8 @@ def _positions_and_speeds(sim: Any, obs: NDArray[np.float64]) -> tuple[NDArray[n
     match _name(sim):
         case "InvertedPendulum-v5":
             return obs[:nq], obs[nq:]
+        case "kairos_gym/CartPoleSwingUp-v0":
+            return np.append(obs[0], np.arctan2(obs[2], obs[1])), obs[3:]
         case "HalfCheetah-v5" | "Swimmer-v5" | "Hopper-v5" | "Walker2d-v5" as name:
             free = nq + nv - obs.size  # the root's position, where it isn't observed
             qpos, qvel = np.append(np.zeros(free), obs[: nq - free]), obs[nq - free :]

@@ -41,6 +41,9 @@ gymnasium.register(
     entry_point="kairos_gym.dream_env:DreamEnv",
     vector_entry_point="kairos_gym.dream_vector_env:DreamVectorEnv",
 )
+gymnasium.register(
+    id="kairos_gym/CartPoleSwingUp-v0", entry_point="envs.swingup:CartPoleSwingUpEnv", max_episode_steps=250
+)
 # Time limits at 20 steps a second, several times what a purposeful arm needs: Lift and Door are one movement, Stack and
 # one nut or one object each are two, and Wipe goes over a whole table.
 for _task, _steps in {

@@ -13,6 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kairos_gym  # noqa: F401  (names the swing-up)
 from envs import (
     ChunkedActions,
     SimulatorDynamics,
@@ -23,9 +24,12 @@ from envs import (
     set_state,
     state_from_observation,
 )
+from envs.swingup import earned
+from kairos_gym.plan import play_random
 from world_model.contract import Dynamics, State
 from world_model.state import LatentState
 
+SWING_UP = "kairos_gym/CartPoleSwingUp-v0"
 DETERMINED = [  # tasks whose observation determines their state
     "Pendulum-v1",
     "InvertedPendulum-v5",
@@ -35,8 +39,17 @@ DETERMINED = [  # tasks whose observation determines their state
     "Swimmer-v5",
     "Hopper-v5",
     "Walker2d-v5",
+    SWING_UP,
 ]
-MAIN = ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5", "Hopper-v5", "Ant-v5"]
+MAIN = [
+    "Pendulum-v1",
+    "InvertedPendulum-v5",
+    "Reacher-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Ant-v5",
+    SWING_UP,
+]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +178,48 @@ def test_drawing_an_observation_draws_the_env_that_shows_it() -> None:
     picture = draw(other, obs)
     np.testing.assert_array_equal(picture, np.asarray(env.render()))
     assert (draw(other, [-1.0, 0.0, 0.0]) != picture).any()
+
+
+# --- the swing-up
+
+
+@pytest.mark.filterwarnings("ignore:.*Box observation space.*:UserWarning")  # MuJoCo's observations are unbounded
+@pytest.mark.filterwarnings("ignore:.*test the rendering:UserWarning")
+def test_the_swing_up_is_an_env_that_begins_below_and_never_terminates() -> None:
+    env = make_real(SWING_UP, max_episode_steps=40)
+    check_env(env.unwrapped, skip_render_check=True)
+    obs, _ = env.reset(seed=0)
+    assert obs[1] < -0.99
+    steps = [env.step(np.ones(1, dtype=np.float32)) for _ in range(40)]
+    assert [step[2] for step in steps] == [False] * 40 and [step[3] for step in steps] == [False] * 39 + [True]
+    assert all(0 <= float(step[1]) <= 1 for step in steps)
+    assert 1.4 < max(step[0][0] for step in steps) < 1.6, "the rail ends"
+    assert gym.spec(SWING_UP).max_episode_steps == 250
+
+
+def test_upright_in_the_middle_earns_one_and_hanging_nothing() -> None:
+    obs = np.array([[0.0, 1, 0, 0, 0], [1.0, 1, 0, 0, 0], [0, 1, 0, 0, 3], [0, -1, 0, 0, 0]])
+    half = (1 + np.exp(-1)) / 2
+    np.testing.assert_allclose(earned(obs, np.zeros((4, 1))), [1, half, half, 0], atol=1e-12)
+    assert earned(obs[0], np.ones(1)) == pytest.approx(0.8)
+
+
+def test_whoever_pumps_energy_into_the_pole_and_then_balances_it_swings_it_up() -> None:
+    env = make_real(SWING_UP)
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        total, seen, truncated = 0.0, [], False
+        while not truncated:
+            place, cosine, sine, speed, turning = obs
+            energy = cosine + turning**2 / 46  # of the pole, 1 where it stands still upright
+            push = 0.9 * (energy - 1.25) * turning * cosine - 0.2 * place - 0.1 * speed
+            if cosine > 0.81:
+                push = 1.3 * place + 9.9 * np.arctan2(sine, cosine) + 1.5 * speed + 1.9 * turning
+            obs, reward, _, truncated, _ = env.step(np.clip([push], -1, 1).astype(np.float32))
+            total += float(reward)
+            seen.append(obs)
+        assert total > 160 and np.array(seen)[-50:, 1].min() > 0.99
+    assert play_random(SWING_UP, episodes=3).returns.max() < 40
 
 
 # --- chunked actions
@@ -316,7 +371,7 @@ def test_imagined_is_what_the_real_env_gives(
     np.testing.assert_allclose(earned[:lives], reward[:lives].astype(np.float32), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5"])
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedPendulum-v5", "Reacher-v5", "HalfCheetah-v5", SWING_UP])
 def test_observing_starts_at_the_last_observation(
     sims: dict[str, gym.Env], truths: dict[str, SimulatorDynamics], env_id: str
 ) -> None:
@@ -421,17 +476,18 @@ def test_the_truth_refuses_what_it_cannot_play(sims: dict[str, gym.Env], truths:
         SimulatorDynamics("CartPole-v1")
 
 
-SIX = [
+SEVEN = [
     "Pendulum-v1",
     "InvertedPendulum-v5",
     "Reacher-v5",
     "HalfCheetah-v5",
     "InvertedDoublePendulum-v5",
     "Pusher-v5",
+    SWING_UP,
 ]
 
 
-@pytest.mark.parametrize("env_id", SIX)
+@pytest.mark.parametrize("env_id", SEVEN)
 def test_a_displaced_future_is_near_and_by_zero_the_same(env_id: str) -> None:
     env, simulator = make_real(env_id), SimulatorDynamics(env_id)
     env.reset(seed=0)
