@@ -32,6 +32,9 @@ except ImportError:  # Pendulum-v1 needs no MuJoCo
     mujoco = None
 
 
+FALLEN = 0.2  # rad, the angle of InvertedPendulum's pole beyond which an episode ends
+
+
 class _Played(NamedTuple):
     """What the simulator did, in its own precision."""
 
@@ -191,14 +194,19 @@ class SimulatorDynamics:
     ) -> _Played:
         """One row after the other with MuJoCo alone, and what they show and earn for all rows at once.
 
-        Two to three times as fast as the env's own step. For tasks that never terminate.
+        One and a half to two times as fast as the env's own step.
         """
         model, data, substeps = self._sim.model, self._sim.data, self._sim.frame_skip
         ctrl, xpos, xipos = data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)
         n = integration_size(model)
         m = n + xpos.size
+        readout, ends = _READOUTS[self._sim.spec.id], self._sim.spec.id == "InvertedPendulum-v5"
         states = np.empty((*actions.shape[:2], simulator.shape[1]))
+        terminated = np.repeat(ended[:, None], actions.shape[1], axis=1)
         for b, row in enumerate(actions):
+            if ended[b]:
+                states[b] = simulator[b]
+                continue
             mujoco.mj_setState(model, data, simulator[b, :n], INTEGRATION)
             for k, action in enumerate(row):
                 ctrl[:] = action
@@ -207,9 +215,12 @@ class SimulatorDynamics:
                 mujoco.mj_getState(model, data, state[:n], INTEGRATION)
                 state[n:m] = xpos
                 state[m:] = xipos
+                if ends and not abs(data.qpos[1]) <= FALLEN:
+                    states[b, k:], terminated[b, k:] = state, True
+                    break
         before = np.concatenate([simulator[:, None], states[:, :-1]], axis=1)
-        obs, reward = _READOUTS[self._sim.spec.id](self._sim, before, states, actions.astype(np.float64))
-        return _Played(states[:, -1].copy(), obs, reward, np.zeros(actions.shape[:2], dtype=bool))
+        obs, reward = readout(self._sim, before, states, actions.astype(np.float64))
+        return _Played(states[:, -1].copy(), obs, np.where(ended[:, None], 0.0, reward), terminated)
 
     def _play_pendulum(
         self, simulator: NDArray[np.float64], actions: NDArray[np.float32], ended: NDArray[np.bool_]
@@ -231,24 +242,48 @@ class SimulatorDynamics:
 Array = NDArray[np.float64]
 
 
+# What each task shows [B,K,O] and pays [B,K] for its states before and after actions [B,K,...]: a few lines over many
+# states at once.
+
+
 def _reacher(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
-    """What ReacherEnv shows [B,K,O] and pays [B,K] for states and actions [B,K,...]."""
     qpos, qvel, xpos = _unpack(sim, after)
     apart = xpos[..., sim.data.body("fingertip").id, :] - xpos[..., sim.data.body("target").id, :]
     angles = qpos[..., :2]
     obs = [np.cos(angles), np.sin(angles), qpos[..., 2:], qvel[..., :2], apart[..., :2]]
     near, effort = -np.linalg.norm(apart, axis=-1), -np.square(actions).sum(axis=-1)
-    return np.concatenate(obs, axis=-1), sim._reward_dist_weight * near + sim._reward_control_weight * effort
+    reward = sim._reward_dist_weight * near + sim._reward_control_weight * effort
+    return np.concatenate(obs, axis=-1), reward
 
 
 def _halfcheetah(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
-    """What HalfCheetahEnv shows [B,K,O] and pays [B,K] for states and actions [B,K,...]."""
     qpos, qvel, _ = _unpack(sim, after)
     forward = (qpos[..., 0] - _unpack(sim, before)[0][..., 0]) / sim.dt
-    shown = qpos[..., int(sim._exclude_current_positions_from_observation) :]
+    seen = qpos[..., int(sim._exclude_current_positions_from_observation) :]
     effort = np.square(actions).sum(axis=-1)
     reward = sim._forward_reward_weight * forward - sim._ctrl_cost_weight * effort
-    return np.concatenate([shown, qvel], axis=-1), reward
+    return np.concatenate([seen, qvel], axis=-1), reward
+
+
+def _pusher(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
+    qpos, qvel, xpos = _unpack(sim, after)
+    tip, thing, goal = (xpos[..., sim.data.body(name).id, :] for name in ("tips_arm", "object", "goal"))
+    near, there = (-np.linalg.norm(thing - place, axis=-1) for place in (tip, goal))
+    effort = -np.square(actions).sum(axis=-1)
+    reward = sim._reward_near_weight * near + sim._reward_dist_weight * there + sim._reward_control_weight * effort
+    return np.concatenate([qpos[..., :7], qvel[..., :7], tip, thing, goal], axis=-1), reward
+
+
+def _invertedpendulum(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
+    qpos, qvel, _ = _unpack(sim, after)
+    return np.concatenate([qpos, qvel], axis=-1), (np.abs(qpos[..., 1]) <= FALLEN).astype(np.float64)
+
+
+def _swingup(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
+    from .swingup import earned, shown  # it needs MuJoCo, which Pendulum-v1 doesn't
+
+    obs = shown(*_unpack(sim, after)[:2])
+    return obs, earned(obs, actions)
 
 
 def _unpack(sim: Any, state: Array) -> tuple[Array, Array, Array]:
@@ -258,5 +293,10 @@ def _unpack(sim: Any, state: Array) -> tuple[Array, Array, Array]:
     return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv], places.reshape(*state.shape[:-1], bodies, 3)
 
 
-# Tasks that never terminate and whose observations and rewards are a few lines over many states at once.
-_READOUTS = {"Reacher-v5": _reacher, "HalfCheetah-v5": _halfcheetah}
+_READOUTS = {
+    "Reacher-v5": _reacher,
+    "HalfCheetah-v5": _halfcheetah,
+    "Pusher-v5": _pusher,
+    "InvertedPendulum-v5": _invertedpendulum,
+    "kairos_gym/CartPoleSwingUp-v0": _swingup,
+}

@@ -24,6 +24,7 @@ from envs import (
     set_state,
     state_from_observation,
 )
+from envs.oracle import _READOUTS
 from envs.swingup import earned
 from kairos_gym.plan import play_random
 from world_model.contract import Dynamics, State
@@ -46,6 +47,7 @@ MAIN = [
     "InvertedPendulum-v5",
     "Reacher-v5",
     "HalfCheetah-v5",
+    "Pusher-v5",
     "Hopper-v5",
     "Ant-v5",
     SWING_UP,
@@ -431,6 +433,25 @@ def test_an_episode_that_ended_stays_ended_until_something_new_is_observed() -> 
     assert torch.equal(later["simulator"][1], fallen["simulator"][1])
     again, _ = dynamics.imagine(dynamics.observe(later, start), actions[:, :1])
     assert not again["ended"].any()
+
+
+@pytest.mark.parametrize("env_id", _READOUTS)
+def test_bare_mujoco_is_the_envs_own_step(sims: dict[str, gym.Env], env_id: str) -> None:
+    """To the last bit of the state, also where an episode ends on the way or has ended before."""
+    dynamics = SimulatorDynamics(env_id)
+    states = [dynamics.capture(started(sims, env_id, seed)[0]) for seed in range(6)]
+    simulator = torch.cat([state["simulator"] for state in states]).numpy()
+    actions = actions_for(sims[env_id], 0, 6 * 25).reshape(6, 25, -1)
+    ended = np.arange(6) == 2
+    bare = dynamics._play_bare(simulator, actions, ended)
+    stepped = dynamics._play_rows(simulator, actions, ended)
+    np.testing.assert_array_equal(bare.simulator, stepped.simulator)
+    np.testing.assert_array_equal(bare.terminated, stepped.terminated)
+    np.testing.assert_allclose(bare.obs, stepped.obs, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(bare.reward, stepped.reward, rtol=1e-6, atol=1e-6)  # Gymnasium's effort is in float32
+    if env_id == "InvertedPendulum-v5":
+        ends = bare.terminated.argmax(1)
+        assert ((ends > 0) & (ends < 24)).any(), "one has to end on the way"
 
 
 def test_the_simulators_own_settings_reach_the_truth() -> None:
