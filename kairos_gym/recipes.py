@@ -52,9 +52,10 @@ class Recipe:
 # and cosine are those of the other end of its range and one frame can't tell which way it will be thrown back: two
 # frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls within ten
 # steps, so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of the rail in
-# several hundred steps, so its episodes have their full length. A robot arm that moves at random touches nothing, so
-# Lift's data are the scripted expert's, failing and interrupted; they go on after success, so that a dream knows how a
-# cube is held.
+# several hundred steps, so its episodes have their full length. Nor does a pole swing up by itself: the swing-up's data
+# are the ladder's too, whose trained policies hold it upright for half of the time. A robot arm that moves at random
+# touches nothing, so Lift's data are the scripted expert's, failing and interrupted; they go on after success, so that
+# a dream knows how a cube is held.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
@@ -85,6 +86,14 @@ RECIPES = {
             ladder_episodes=100,
             workers=2,
         ),
+        Recipe(
+            "swingup",
+            "kairos_gym/CartPoleSwingUp-v0",
+            FitConfig(draft_steps=42_000, steps=1000),
+            SMALL,
+            "ladder",
+            episode_steps=250,
+        ),
         Recipe("halfcheetah", "HalfCheetah-v5", FitConfig(draft_steps=44_000, steps=1600, weight_decay=0.1), SMALL),
     )
 }
@@ -92,7 +101,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits of one task; ``std`` [O] is the training data's, the unit of every error."""
+    """The three splits of one task; ``std`` [O] is the training data's, the unit of every error, and 1 where it's 0."""
 
     spec: Spec
     time_limit: int | None
@@ -110,7 +119,8 @@ def data(name: str) -> Data:
     loaded = {split: _split(recipe, *about) for split, about in _splits(recipe).items()}
     env = make_real(recipe.env)
     limit = env.spec.max_episode_steps if env.spec else None
-    return Data(spec_of(env, 4), limit, std=loaded["train"].obs.std(0), **loaded)
+    std = loaded["train"].obs.std(0)
+    return Data(spec_of(env, 4), limit, std=std.where(std > 1e-6, torch.ones_like(std)), **loaded)
 
 
 def _splits(recipe: Recipe) -> dict[str, tuple[str, int, int, Behaviour]]:

@@ -16,7 +16,9 @@ from kairos_gym.calibrate import draw
 from kairos_gym.collect import collect
 from kairos_gym.models import ZOO
 from kairos_gym.open_loop import open_loop
+from kairos_gym.plan import plan
 from kairos_gym.recipes import RECIPES
+from planners import CEM
 from world_model.baselines import fit_constant
 from world_model.episodes import Episodes
 
@@ -74,6 +76,13 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
         assert len(dreamed.nrmse(h)) >= 10
         share = 0.25 if name in ("halfcheetah", "lift") else 0.1
         assert dreamed.nrmse(h).median() < share * unmoved.nrmse(h).median()
+
+
+def test_a_plan_that_was_dreamed_up_swings_the_pole_up() -> None:
+    planner = CEM(horizon=15, chunk=2, candidates=64, elites=8, iterations=3)
+    played = plan(RECIPES["swingup"].env, kairos_gym.load("swingup"), planner, episodes=1, seed=100, progress=False)
+    assert played.returns[0] > 165  # 180 on the simulator itself
+    assert played.observations[0][-50:, 1].min() > 0.95
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
