@@ -3,6 +3,7 @@
 from planners.base import Planner, SearchPlanner
 from planners.cautious import Cautious
 from planners.cem import CEM
+from planners.costable import Costable
 from planners.gradient import Gradient
 from planners.icem import ICEM
 from planners.mpc import MPC
@@ -20,6 +21,7 @@ __all__ = [
     "MPC",
     "MPPI",
     "Cautious",
+    "Costable",
     "Gradient",
     "Kept",
     "Objective",

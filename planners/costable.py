@@ -1,0 +1,108 @@
+"""A model as the solvers of stable-worldmodel ask for it: what candidates cost, from what an info dict shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planners.base import bounds, device_of, returns
+from world_model.contract import Dynamics
+from world_model.state import LatentState
+
+_STATE = "state."
+
+
+class Costable:
+    """Any ``Dynamics`` behind stable-worldmodel's protocol of this name: ``CEMSolver(Costable(model), ...)``.
+
+    A candidate costs minus the return that it is dreamed to earn. The dream begins with the observations under ``key``,
+    or, where the info dict holds what ``info(state)`` gives, with a state that remembers more. Actions beyond the
+    bounds are dreamed as clipped onto them, since most of those solvers know none: clip what they return, too.
+
+    reward_fn: instead of the model's reward; with ``goal``, the key of one, it gets each row's goal as fourth argument.
+    to_actions: takes candidates [...,A] to the units of ``spec.action_space``, where the solver has others.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        *,
+        key: str = "observation",
+        reward_fn: Callable[..., Tensor] | None = None,
+        goal: str | None = None,
+        to_actions: Callable[[Tensor], Tensor] | None = None,
+        discount: float = 1.0,
+    ):
+        if goal is not None and reward_fn is None:
+            raise ValueError("a goal needs a reward_fn(obs, action, next_obs, goal) that knows what it is worth")
+        self.dynamics, self.key, self.reward_fn, self.goal = dynamics, key, reward_fn, goal
+        self.to_actions, self.discount = to_actions, discount
+
+    @staticmethod
+    def info(state: LatentState) -> dict[str, Tensor]:
+        """A state of B rows as entries of an info dict, which a solver cuts and repeats like all others."""
+        return {_STATE + name: tensor for name, tensor in state.tensors.items()}
+
+    def get_cost(self, info_dict: Mapping[str, Any], action_candidates: Tensor) -> Tensor:
+        """Candidates [B,N,H,K*A], blocks of K actions that are each dreamed as one chunk -> costs [B,N].
+
+        The info dict's tensors or arrays are [B,N,...], all N alike: observations [B,N,O], or the last T of them
+        [B,N,T,O] with the actions that led there, "action" [B,N,T,A], where T > 1. Gradients reach the candidates
+        where they ask for them. Raises ValueError where something is missing or has another shape.
+        """
+        spec, device = self.dynamics.spec, action_candidates.device
+        size = spec.action_box.shape[0]
+        if action_candidates.ndim != 4 or action_candidates.shape[-1] % size:
+            raise ValueError(
+                f"action_candidates must be [B,N,H,K*A] with A={size}, got {list(action_candidates.shape)}"
+            )
+        state, obs = self._begin(info_dict, len(action_candidates))
+        actions = action_candidates.to(device_of(state)).unflatten(-1, (-1, size))
+        actions = actions if self.to_actions is None else self.to_actions(actions)
+        actions = actions.clamp(*bounds(spec, actions.device))
+        rows = torch.arange(len(actions), device=actions.device)
+        earned = []
+        for at in rows.split(len(rows) if self.goal is None else 1):
+            reward_fn = self.reward_fn
+            if self.goal is not None and reward_fn is not None:
+                reward_fn = partial(reward_fn, goal=self._entry(info_dict, self.goal)[at[0]].to(at.device))
+            seen = None if obs is None else obs[at]
+            earned.append(
+                returns(
+                    self.dynamics, state.select(at), actions[at], discount=self.discount, obs=seen, reward_fn=reward_fn
+                )
+            )
+        return -torch.cat(earned).to(device)
+
+    criterion = get_cost
+
+    @torch.no_grad()
+    def _begin(self, info_dict: Mapping[str, Any], batch: int) -> tuple[LatentState, Tensor | None]:
+        """The state of B rows to dream from, and their present observations [B,O] where ``reward_fn`` needs them."""
+        fresh, obs = self.dynamics.initial(batch), None
+        remembers = any(key.startswith(_STATE) for key in info_dict)
+        if not remembers or self.reward_fn is not None:
+            frames, size = self._entry(info_dict, self.key), self.dynamics.spec.observation_box.shape[0]
+            frames = frames[:, None] if frames.ndim == 2 else frames
+            if frames.shape != (batch, *frames.shape[1:2], size):
+                raise ValueError(
+                    f"{self.key!r} must be [B,N,O] or [B,N,T,O] with B={batch} and O={size}, got "
+                    f"{list(info_dict[self.key].shape)}"
+                )
+            frames = frames.to(device_of(fresh), torch.float32)
+            obs = frames[:, -1]
+        if remembers:
+            return LatentState({k: self._entry(info_dict, _STATE + k).to(t) for k, t in fresh.tensors.items()}), obs
+        led = self._entry(info_dict, "action").to(frames) if frames.shape[1] > 1 else None
+        return self.dynamics.observe(fresh, frames, led), obs
+
+    @staticmethod
+    def _entry(info_dict: Mapping[str, Any], key: str) -> Tensor:
+        """An entry [B,N,...] without the N that are all alike."""
+        if key not in info_dict:
+            raise ValueError(f"the info dict has no {key!r}, only {sorted(info_dict)}: name it with key=, or add it")
+        return torch.as_tensor(info_dict[key])[:, 0]
