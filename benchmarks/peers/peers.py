@@ -52,7 +52,9 @@ ACTIONS = spaces.Box(-1.0, 1.0, (ACT,), np.float32)
 
 
 class Net(nn.Module):
-    """What all of them wrap: obs [B,O], action [B,A] -> next obs [B,O], reward [B,1]."""
+    """What all of them wrap: obs [...,O], action [...,A] -> next obs [...,O], reward [...,1]."""
+
+    observations, actions = OBSERVATIONS, ACTIONS
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class Net(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         out = self.layers(torch.cat([obs, action], -1))
-        return obs + out[:, :OBS], out[:, OBS:]
+        return obs + out[..., :OBS], out[..., OBS:]
 
 
 class Contender:
@@ -109,11 +111,11 @@ class NetDynamics:
     """The network behind ``world_model.contract.Dynamics``."""
 
     def __init__(self, net: Net):
-        self.net, self.spec = net, Spec(OBSERVATIONS, ACTIONS, chunk=1, dt=0.05)
+        self.net, self.spec = net, Spec(net.observations, net.actions, chunk=1, dt=0.05)
         self.never = torch.zeros(0, 1, dtype=torch.bool)
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        return LatentState({"obs": torch.zeros(batch, OBS)})
+        return LatentState({"obs": torch.zeros(batch, *self.net.observations.shape)})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
         return LatentState({"obs": obs[:, -1]})
@@ -247,8 +249,10 @@ class NetEnv(ModelBasedEnvBase):
     def __init__(self, net: Net, batch_size: Sequence[int] = ()):
         keys = ["observation", "action"], ["observation", "reward"]
         super().__init__(TensorDictModule(net, *keys), batch_size=torch.Size(batch_size))
-        self.observation_spec = Composite(observation=Unbounded((*batch_size, OBS)), shape=batch_size)
-        self.action_spec = Bounded(-1.0, 1.0, (*batch_size, ACT))
+        self.observation_spec = Composite(
+            observation=Unbounded((*batch_size, *net.observations.shape)), shape=batch_size
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (*batch_size, *net.actions.shape))
         self.reward_spec = Unbounded((*batch_size, 1))
 
     def _reset(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
@@ -311,6 +315,7 @@ class TorchRLWorld(TorchRL):
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
+PACKAGES = ("torch", "numpy", "gymnasium", "mbrl", "torchrl", "tensordict")
 CONTENDERS = (Bare, Imagine, Vector, VectorTorch, Single, Mbrl, MbrlTorch, TorchRL, TorchRLStep, TorchRLWorld)
 
 
@@ -387,11 +392,10 @@ def table(took: dict[tuple[str, int], list[float]], batches: Sequence[int]) -> s
     return "\n".join(lines)
 
 
-def machine() -> str:
+def machine(packages: Sequence[str]) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     cpu = named[0].partition(":")[2].strip() if named else platform.processor()
-    packages = ("torch", "numpy", "gymnasium", "mbrl", "torchrl", "tensordict")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"{cpu}, one thread; {date.today()}; Python {platform.python_version()}, {versions}"
 
@@ -408,7 +412,7 @@ def main() -> None:
         setting.check()
     took = measure(settings, rounds)
     print(table(took, [setting.batch for setting in settings]))
-    print(f"\n{rounds} rounds. {machine()}.")
+    print(f"\n{rounds} rounds. {machine(PACKAGES)}.")
 
 
 if __name__ == "__main__":
