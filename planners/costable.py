@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from planners.base import bounds, device_of, returns
+from planners.objective import Objective
+from planners.scoring import score
+from planners.search import bounds, device_of
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -23,24 +25,22 @@ class Costable:
     or, where the info dict holds what ``info(state)`` gives, with a state that remembers more. Actions beyond the
     bounds are dreamed as clipped onto them, since most of those solvers know none: clip what they return, too.
 
-    reward_fn: instead of the model's reward; with ``goal``, the key of one, it gets each row's goal as fourth argument.
-    to_actions: takes candidates [...,A] to the units of ``spec.action_space``, where the solver has others.
+    goal: the key of each row's goal [O], which takes the place of ``objective.goal``. to_actions: takes candidates
+    [...,A] to the units of ``spec.action_space``, where the solver has others.
     """
 
     def __init__(
         self,
         dynamics: Dynamics,
+        objective: Objective = Objective(),
         *,
         key: str = "observation",
-        reward_fn: Callable[..., Tensor] | None = None,
         goal: str | None = None,
         to_actions: Callable[[Tensor], Tensor] | None = None,
-        discount: float = 1.0,
     ):
-        if goal is not None and reward_fn is None:
-            raise ValueError("a goal needs a reward_fn(obs, action, next_obs, goal) that knows what it is worth")
-        self.dynamics, self.key, self.reward_fn, self.goal = dynamics, key, reward_fn, goal
-        self.to_actions, self.discount = to_actions, discount
+        if objective.cost_limit is not None:
+            raise ValueError("those solvers know no limits: give the objective a penalty instead of a cost_limit")
+        self.dynamics, self.objective, self.key, self.goal, self.to_actions = dynamics, objective, key, goal, to_actions
 
     @staticmethod
     def info(state: LatentState) -> dict[str, Tensor]:
@@ -64,28 +64,20 @@ class Costable:
         actions = action_candidates.to(device_of(state)).unflatten(-1, (-1, size))
         actions = actions if self.to_actions is None else self.to_actions(actions)
         actions = actions.clamp(*bounds(spec, actions.device))
-        rows = torch.arange(len(actions), device=actions.device)
-        earned = []
-        for at in rows.split(len(rows) if self.goal is None else 1):
-            reward_fn = self.reward_fn
-            if self.goal is not None and reward_fn is not None:
-                reward_fn = partial(reward_fn, goal=self._entry(info_dict, self.goal)[at[0]].to(at.device))
-            seen = None if obs is None else obs[at]
-            earned.append(
-                returns(
-                    self.dynamics, state.select(at), actions[at], discount=self.discount, obs=seen, reward_fn=reward_fn
-                )
-            )
-        return -torch.cat(earned).to(device)
+        objective = self.objective
+        if self.goal is not None:
+            objective = replace(objective, goal=self._entry(info_dict, self.goal))
+        gradients = torch.is_grad_enabled()
+        return -score(self.dynamics, state, actions, objective, obs=obs, gradients=gradients).value.to(device)
 
     criterion = get_cost
 
     @torch.no_grad()
     def _begin(self, info_dict: Mapping[str, Any], batch: int) -> tuple[LatentState, Tensor | None]:
-        """The state of B rows to dream from, and their present observations [B,O] where ``reward_fn`` needs them."""
+        """The state of B rows to dream from, and their present observations [B,O] where the objective looks."""
         fresh, obs = self.dynamics.initial(batch), None
         remembers = any(key.startswith(_STATE) for key in info_dict)
-        if not remembers or self.reward_fn is not None:
+        if not remembers or self.goal is not None or self.objective.looks:
             frames, size = self._entry(info_dict, self.key), self.dynamics.spec.observation_box.shape[0]
             frames = frames[:, None] if frames.ndim == 2 else frames
             if frames.shape != (batch, *frames.shape[1:2], size):

@@ -9,10 +9,14 @@ from torch import Tensor
 from toys import LQR, PointMass, TinyMLP
 
 import kairos_gym
-from planners import Costable, score
+from planners import Costable, Objective, score
 from world_model.state import LatentState
 
 B, N, H = 3, 5, 4
+
+
+def value(dynamics: Any, state: LatentState, candidates: Tensor, **objective: Any) -> Tensor:
+    return score(dynamics, state, candidates, Objective(**objective)).value
 
 
 def shown(rows: Tensor) -> Tensor:
@@ -33,16 +37,16 @@ def test_a_cost_is_minus_the_return(toy: Any, block: int) -> None:
     size = toy.spec.action_box.shape[0]
     obs = torch.randn(B, *toy.spec.observation_box.shape)
     candidates = 2 * torch.rand(B, N, H, block * size) - 1
-    expected = -score(toy, toy.start(obs), candidates.unflatten(-1, (block, size)))
+    expected = -value(toy, toy.start(obs), candidates.unflatten(-1, (block, size)))
     costs = Costable(toy).get_cost({"observation": shown(obs)}, candidates)
     assert costs.shape == (B, N)
     torch.testing.assert_close(costs, expected)
     frames: Any
     for frames in (shown(obs[:, None]), np.array(shown(obs)), shown(obs).double()):
         torch.testing.assert_close(Costable(toy).get_cost({"observation": frames}, candidates), expected)
-    there = Costable(toy, key="state", discount=0.5).get_cost({"state": shown(obs)}, candidates)
+    there = Costable(toy, Objective(discount=0.5), key="state").get_cost({"state": shown(obs)}, candidates)
     torch.testing.assert_close(
-        there, -score(toy, toy.start(obs), candidates.unflatten(-1, (block, size)), discount=0.5)
+        there, -value(toy, toy.start(obs), candidates.unflatten(-1, (block, size)), discount=0.5)
     )
 
 
@@ -52,7 +56,7 @@ def test_the_shipped_model() -> None:
     obs = model.starts.obs[:B, 0]
     candidates = 2 * torch.rand(B, N, H, 4) - 1
     state = model.observe(model.initial(B), obs[:, None])
-    expected = -score(model, state, candidates.unflatten(-1, (2, 2)))
+    expected = -value(model, state, candidates.unflatten(-1, (2, 2)))
     costable = Costable(model)
     with torch.inference_mode():  # as most of the solvers are
         torch.testing.assert_close(costable.get_cost({"observation": shown(obs[:, None])}, candidates), expected)
@@ -64,7 +68,7 @@ def test_the_past_counts() -> None:
     toy, obs, led = Pushed(), torch.randn(B, 2, 2), torch.randn(B, 2, 2)
     candidates = torch.rand(B, N, H, 2)
     costs = Costable(toy).get_cost({"observation": shown(obs), "action": shown(led)}, candidates)
-    torch.testing.assert_close(costs, -score(toy, toy.start(obs[:, -1] + 10 * led[:, -1]), candidates.unsqueeze(3)))
+    torch.testing.assert_close(costs, -value(toy, toy.start(obs[:, -1] + 10 * led[:, -1]), candidates.unsqueeze(3)))
 
 
 def test_actions_are_clipped_and_have_units() -> None:
@@ -76,17 +80,14 @@ def test_actions_are_clipped_and_have_units() -> None:
     torch.testing.assert_close(percent.get_cost(infos, 100 * candidates), clipped)
 
 
-def test_a_reward_fn_may_know_a_goal() -> None:
+def test_each_row_may_have_a_goal() -> None:
     toy, obs, goal = PointMass(), torch.randn(B, 2), torch.randn(B, 2)
     candidates = 2 * torch.rand(B, N, H, 2) - 1
-
-    def reach(obs: Tensor, action: Tensor, next_obs: Tensor, goal: Tensor) -> Tensor:
-        return -(next_obs - goal).abs().sum(-1)
-
-    costable = Costable(toy, reward_fn=reach, goal="goal")
+    costable = Costable(toy, goal="goal")
     infos = {"observation": shown(obs), "goal": shown(goal)}
     # A point mass on its way to a goal is one on its way home from as far away.
-    expected = -score(toy, toy.start(obs - goal), candidates.unsqueeze(3))
+    home = Objective(goal=torch.zeros(2))
+    expected = -score(toy, toy.start(obs - goal), candidates.unsqueeze(3), home, obs=obs - goal).value
     torch.testing.assert_close(costable.get_cost(infos, candidates), expected)
     infos |= {key: shown(tensor) for key, tensor in costable.info(toy.start(obs)).items()}
     torch.testing.assert_close(costable.get_cost(infos, candidates), expected)
@@ -117,6 +118,6 @@ def test_what_does_not_fit_is_said(infos: dict[str, Tensor], shape: tuple[int, .
         Costable(PointMass()).get_cost(infos, torch.zeros(shape))
 
 
-def test_a_goal_needs_a_reward() -> None:
-    with pytest.raises(ValueError, match="needs a reward_fn"):
-        Costable(PointMass(), goal="goal")
+def test_limits_are_refused() -> None:
+    with pytest.raises(ValueError, match="a penalty instead of a cost_limit"):
+        Costable(PointMass(), Objective(cost_fn=lambda o, a, n: a[..., 0].abs(), cost_limit=1.0))
