@@ -13,10 +13,10 @@ from planners.search import Search, refit
 class CEM(SearchPlanner):
     """Cross-entropy method over action sequences, as PETS plans with it (arXiv 1805.12114).
 
-    Two choices differ from PETS. Samples are projected onto the action bounds instead of drawn from a truncated
-    normal: the mean can then reach a bound, where the optimum of many control tasks lies. And the current mean is
-    candidate 0 of every iteration, so the result is simply the best sequence ever dreamed, be it a mean or a sample,
-    and its value is the return it was dreamed with. Where there are limits, the elites are first those that keep them
+    Two choices differ from PETS. Samples are projected onto the action bounds when they are dreamed, instead of drawn
+    from a truncated normal (see ``Search``). And the current mean is candidate 0 of every iteration, so the result is
+    simply the best sequence ever dreamed, be it a mean or a sample, and its value is the return it was dreamed with.
+    Where there are limits, the elites are first those that keep them
     (constrained CEM, https://proceedings.neurips.cc/paper/2018/hash/34ffeb359a192eb8174b6854643cc046-Abstract.html).
     """
 
@@ -41,6 +41,5 @@ class CEM(SearchPlanner):
                 samples = search.with_known(samples)
             elites, values = search.elites(samples, self.elites)
             mean, std = refit(elites, values, mean)
-            # Clamped, since rounding may take the mean of equal actions past their bound.
-            mean, std = mean.clamp_(search.low, search.high), std.clamp_(self.min_std * search.half_range)
+            std = std.clamp_(self.min_std * search.half_range)
         return search.best

@@ -35,17 +35,16 @@ class Gradient(SearchPlanner):
 
         Raises ValueError where the dynamics, or the objective, pass no gradients.
         """
-        low, high = search.low, search.high
         std = (self.std * search.half_range).expand_as(search.mean)
         samples = search.around(search.mean, std, search.normal(self.starts))
         samples[:, 0] = search.mean
         # In half action ranges, so that one rate fits every action: 0 is the middle, -1 and 1 are the bounds.
-        middle, half = (low + high) / 2, search.half_range.clamp(min=1e-12)
-        place = ((search.with_known(samples) - middle) / half).requires_grad_()
+        middle, half = (search.low + search.high) / 2, search.half_range.clamp(min=1e-12)
+        place = ((search.with_known(samples) - middle) / half).clamp_(-1, 1).requires_grad_()
         adam = torch.optim.Adam([place], lr=self.lr)
         for _ in range(self.iterations):
             with torch.enable_grad():
-                scored = search.score((middle + half * place).clamp(low, high), gradients=True)
+                scored = search.score(middle + half * place, gradients=True)
                 worth = scored.value
                 if scored.violation is not None:
                     worth = torch.where(scored.violation > 0, -scored.violation, worth)
@@ -59,5 +58,5 @@ class Gradient(SearchPlanner):
             adam.step()
             with torch.no_grad():
                 place.clamp_(-1, 1)
-        search.score((middle + half * place.detach()).clamp(low, high))
+        search.score(middle + half * place.detach())
         return search.best

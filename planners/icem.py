@@ -54,6 +54,6 @@ class ICEM(SearchPlanner):
             elites, values = search.elites(samples, self.elites)
             stay = elites[:, :kept]
             new_mean, new_std = refit(elites, values, mean)
-            mean = torch.lerp(new_mean, mean, self.momentum).clamp_(search.low, search.high)
+            mean = torch.lerp(new_mean, mean, self.momentum)
             std = torch.lerp(new_std, std, self.momentum).clamp_(self.min_std * search.half_range)
         return search.best._replace(elites=stay)

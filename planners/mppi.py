@@ -17,11 +17,11 @@ from planners.search import Search
 class MPPI(SearchPlanner):
     """Model predictive path integral control (arXiv 1707.02342): weights proportional to exp(return / temperature).
 
-    Samples are projected onto the action bounds, so every average of them lies within the bounds too. The temperature
-    is measured in standard deviations of the row's own returns, so that one default fits rewards of any size, and the
-    noise shrinks by ``decay`` from one iteration to the next. The plan is the last average, as the method defines it;
-    it is dreamed once more for its value. Where there are limits, only candidates that keep them have a weight; while
-    none does, the violation is weighed in place of the return.
+    Samples are projected onto the action bounds when they are dreamed (see ``Search``). The temperature is measured in
+    standard deviations of the row's own returns, so that one default fits rewards of any size, and the noise shrinks by
+    ``decay`` from one iteration to the next. The plan is the last average, as the method defines it; it is dreamed once
+    more for its value. Where there are limits, only candidates that keep them have a weight; while none does, the
+    violation is weighed in place of the return.
     """
 
     candidates: int = 400  # N
@@ -46,7 +46,7 @@ class MPPI(SearchPlanner):
             if iteration == 0:
                 samples = search.with_known(samples)
             weights = self._weights(search.score(samples))
-            mean = torch.einsum("bn,bnhka->bhka", weights, samples).clamp_(search.low, search.high)
+            mean = torch.einsum("bn,bnhka->bhka", weights, samples)
             std = std * self.decay
         return search.chosen(mean)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from planners.base import SearchPlanner, require_positive
 from planners.objective import Objective
 from planners.plan import Plan
-from planners.search import Search
+from planners.search import Search, bounds, device_of
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -51,18 +51,19 @@ class Proposed:
             raise ValueError("a policy proposes from what it sees: pass the present observations as obs [B,O]")
         planner, horizon = self.planner, self.planner.horizon * self.planner.chunk
         search, n = Search(dynamics, state, (horizon, 1), seed=torch.as_tensor(seed) ^ _APART), 1 + self.proposals
-        noise = self.std * search.half_range * search.normal(n)  # [B,1+P,H*K,1,A]
+        low, high = bounds(dynamics.spec, device_of(state))
+        noise = self.std * (high - low) / 2 * search.normal(n)  # [B,1+P,H*K,1,A]
         noise[:, 0] = 0
         dream, seen, actions = state.expand(n), obs.repeat_interleave(n, 0), []
         for step in noise.flatten(0, 1).unbind(1):
-            actions.append((self.policy(seen)[:, None] + step).clamp(search.low, search.high))
+            actions.append((self.policy(seen)[:, None] + step).clamp(low, high))
             dream, imagined = dynamics.imagine(dream, actions[-1], decode=True)
             if imagined.obs is None:
                 raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
             seen = imagined.obs[:, 0]
         # Where a dream was lost, so is what the policy makes of it: the middle of the bounds takes its place.
         proposed = torch.cat(actions, 1)
-        middle = (search.low + search.high) / 2
+        middle = (low + high) / 2
         proposed = torch.where(proposed.isfinite(), proposed, middle)
         proposed = proposed.unflatten(1, (planner.horizon, planner.chunk)).unflatten(0, (-1, n))
         last = middle.expand_as(proposed[:, 0]) if warm is None else warm.actions

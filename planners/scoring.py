@@ -18,7 +18,8 @@ what is allowed, in dynamics that have such (``planners.Cautious``)."""
 
 # Dreamed side by side by one ``imagine`` call; more candidates take turns. That bounds the memory, and on a CPU keeps
 # their states in its caches from one chunk to the next.
-MAX_DREAMS = 256  # on a CPU, 64 times as many elsewhere
+MAX_DREAMS = 16_384
+MAX_BYTES = 4 << 20  # of states, on a CPU
 
 
 class Scored(NamedTuple):
@@ -30,8 +31,8 @@ class Scored(NamedTuple):
 
     def best(self, n: int) -> Tensor:
         """The n best of each row, best first -> int64 [B,n]: the least violation first, then the highest return."""
-        if self.violation is None:
-            return self.value.topk(n, dim=1).indices
+        if self.violation is None:  # of equals the first leads: the mean of a search, which is candidate 0
+            return self.value.argmax(1, keepdim=True) if n == 1 else self.value.topk(n, dim=1).indices
         order = self.value.argsort(dim=1, descending=True, stable=True)
         return order.gather(1, self.violation.gather(1, order).argsort(dim=1, stable=True))[:, :n]
 
@@ -85,14 +86,17 @@ def score(
             raise ValueError(f"goal must be {list(expected[1:])} or {list(expected)}, got {list(goal.shape)}")
         goal = goal.to(candidates).expand(expected)
 
-    n, most = candidates.shape[1], MAX_DREAMS if candidates.device.type == "cpu" else 64 * MAX_DREAMS
+    n, most = candidates.shape[1], MAX_DREAMS
+    if candidates.device.type == "cpu":
+        most = min(most, max(1, MAX_BYTES * state.batch // state.nbytes))
     rows = torch.arange(state.batch, device=candidates.device).repeat_interleave(n)
     parts = []
     with torch.set_grad_enabled(gradients):
         for at, actions in zip(rows.split(most), candidates.flatten(0, 1).split(most), strict=True):
             now, there = (None if x is None else x[at] for x in (obs, goal))
             parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
-    return Scored.join(parts, 0).each(lambda x: x.unflatten(0, (-1, n)))
+    joined = parts[0] if len(parts) == 1 else Scored.join(parts, 0)
+    return joined.each(lambda x: x.unflatten(0, (-1, n)))
 
 
 def _dream(
@@ -134,6 +138,8 @@ def _dream(
     def total(steps: list[Tensor], discount: float = 1.0) -> Tensor:
         # Masked before it is weighed: what follows a termination is meaningless and may well be NaN.
         counted = torch.where(counts, torch.cat(steps, dim=1), 0.0)
+        if discount == 1:
+            return counted.sum(1)
         return counted @ discount ** torch.arange(counted.shape[1], device=counted.device, dtype=counted.dtype)
 
     value = total(rewards, objective.discount)
@@ -144,10 +150,10 @@ def _dream(
     if objective.cost_limit is not None:
         beyond = (total(costs) - objective.cost_limit).clamp(min=0)
         violation = beyond if violation is None else violation + beyond
-    finite = value.isfinite() if violation is None else value.isfinite() & violation.isfinite()
-    value = torch.where(finite, value, -torch.inf)
     if violation is not None:
-        violation = torch.where(finite, violation, torch.inf)
+        lost = ~(value + violation).isfinite()
+        value, violation = value.masked_fill(lost, -torch.inf), violation.masked_fill(lost, torch.inf)
+    value = value.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     return Scored(value, violation, torch.where(counts[..., None], torch.cat(seen, 1), torch.nan) if futures else None)
 
 
