@@ -110,15 +110,16 @@ def _dream(
 ) -> Scored:
     """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
     rewards, ends, costs, over, seen = [], [], [], [], []
-    for left, chunk in zip(range(actions.shape[1] - 1, -1, -1), actions.unbind(1), strict=True):
-        decode = objective.looks or futures or (left == 0 and objective.value_fn is not None)
+    looks, chunks = objective.looks, actions.unbind(1)
+    for number, chunk in enumerate(chunks, 1):
+        decode = looks or futures or (number == len(chunks) and objective.value_fn is not None)
         state, imagined = dynamics.imagine(state, chunk, decode=decode)
         reward, after = imagined.reward, imagined.obs
         if decode:
             if after is None:
                 raise ValueError("this objective needs observations, but imagine(decode=True) gave None")
             seen.append(after)
-        if objective.looks:
+        if looks:
             assert obs is not None and after is not None
             before, obs = torch.cat([obs[:, None], after[:, :-1]], dim=1), after[:, -1]
             if objective.pays:
@@ -133,14 +134,16 @@ def _dream(
         rewards.append(reward)
         ends.append(imagined.terminated)
     ended = torch.cat(ends, dim=1)
-    counts = ended.cumsum(1) == ended  # no termination before this step; the terminating step itself still counts
+    # No termination before this step; the terminating step itself still counts.
+    counts = ended.cumsum(1) == ended if ended.any() else None
 
     def total(steps: list[Tensor], discount: float = 1.0) -> Tensor:
-        # Masked before it is weighed: what follows a termination is meaningless and may well be NaN.
-        counted = torch.where(counts, torch.cat(steps, dim=1), 0.0)
+        each = torch.cat(steps, dim=1)
+        if counts is not None:  # masked before it is weighed: what follows a termination may well be NaN
+            each = torch.where(counts, each, 0.0)
         if discount == 1:
-            return counted.sum(1)
-        return counted @ discount ** torch.arange(counted.shape[1], device=counted.device, dtype=counted.dtype)
+            return each.sum(1)
+        return each @ discount ** torch.arange(each.shape[1], device=each.device, dtype=each.dtype)
 
     value = total(rewards, objective.discount)
     if objective.value_fn is not None:
@@ -154,7 +157,10 @@ def _dream(
         lost = ~(value + violation).isfinite()
         value, violation = value.masked_fill(lost, -torch.inf), violation.masked_fill(lost, torch.inf)
     value = value.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-    return Scored(value, violation, torch.where(counts[..., None], torch.cat(seen, 1), torch.nan) if futures else None)
+    if not futures:
+        return Scored(value, violation)
+    shown = torch.cat(seen, dim=1)
+    return Scored(value, violation, shown if counts is None else torch.where(counts[..., None], shown, torch.nan))
 
 
 def _like(like: Tensor, name: str, given: Tensor) -> Tensor:

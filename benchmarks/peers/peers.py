@@ -122,9 +122,9 @@ class NetDynamics:
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         obs, reward = self.net(state["obs"], actions.squeeze(1))
-        if len(self.never) != len(reward):
+        if self.never.shape != reward.shape:
             self.never = torch.zeros_like(reward, dtype=torch.bool)
-        return LatentState({"obs": obs}), Imagined(obs.unsqueeze(1), reward, self.never)
+        return LatentState({"obs": obs}), Imagined(obs.unsqueeze(1) if decode else None, reward, self.never)
 
 
 class Imagine(Contender):
