@@ -61,6 +61,8 @@ SETTINGS = {
     "pendulum": Setting(10, 2),
     "invertedpendulum": Setting(20, 1, std=0.1, candidates=16, objective=Objective(reward_fn=_balance)),
     "reacher": Setting(5, 4, std=0.12),
+    "pusher": Setting(15, 2, std=0.2),
+    "swingup": Setting(15, 2),
 }
 
 
