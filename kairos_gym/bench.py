@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from kairos_gym.bench_caution import caution
 from kairos_gym.bench_env import endurance, env
 from kairos_gym.bench_gpu import gpu
 from kairos_gym.bench_kernels import memory, speed, step, updates
@@ -232,6 +233,7 @@ COMMANDS = {
         control,
         planners,
         together,
+        caution,
         env,
         endurance,
         trust,

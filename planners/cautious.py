@@ -20,10 +20,15 @@ class Cautious:
 
     The doubt is that of ``world_model.trust``: it grows along each imagined path, faster where the model was trained on
     nothing similar, and its unit is that of the model's error, the RMS over dimensions in standard deviations. Each
-    step costs ``penalty`` times the doubt after it, also where an objective pays. All planners plan in it as in any
-    ``Dynamics``:
+    step costs ``penalty`` times the doubt after it, also where an objective pays. The penalty's unit is the standard
+    deviation of the reward that the model was trained on, so that one number means about the same on every task (in
+    dynamics without a ``scaling`` it is 1; for rewards of another size, multiply). All planners plan in it as
+    in any ``Dynamics``:
 
-        MPC(Cautious(model, penalty=2.0), CEM())
+        MPC(Cautious(model, penalty=3.0), CEM())
+
+    It is for models of few or narrow data, whose plans promise far more than they earn: there 3 served in the real
+    simulators. Where plans keep their promises it only costs (``kairos bench caution``).
 
     Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
     """
@@ -37,6 +42,8 @@ class Cautious:
         if not penalty >= 0:
             raise ValueError(f"penalty must be at least 0, got {penalty}")
         self.dynamics, self.penalty = dynamics, penalty
+        scaling: Any = getattr(dynamics, "scaling", None)
+        self.unit = 1.0 if scaling is None else float(scaling.reward_std)
 
     @property
     def spec(self) -> Spec:
@@ -63,7 +70,7 @@ class Cautious:
             raise ValueError("these dynamics predict no observations, so nothing can be told of their error")
         path = torch.cat([state["doubt.from"][:, None], imagined.obs.float()], 1)
         doubt = self.trust.follow(state["doubt"], path[:, :-1], actions.float())
-        cost = self.penalty * doubt
+        cost = self.penalty * self.unit * doubt
         lowered = imagined._replace(reward=imagined.reward - cost)
         after = self._with(after, doubt[:, -1], state["doubt.seen"], path[:, -1], cost)
         return after, lowered if decode else lowered._replace(obs=None)

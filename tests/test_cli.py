@@ -234,6 +234,19 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert one["bytes"]["full attention"] == 2 * 2 * 100 * 2 * 64 * 4  # layers, keys and values, frames, tokens, floats
 
 
+def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr("kairos_gym.bench_caution.UPDATES", {"draft_steps": 20, "steps": 5})
+    monkeypatch.setattr("kairos_gym.bench_caution.LASTS", {"pendulum": 6})
+    collect("Pendulum-v1", "pendulum/train-v0", seed=0, episodes=18, episode_steps=200)
+    few = ["bench", "caution", "--task", "pendulum", "--episodes-of-data", "2", "--episodes", "2", "--penalties", "0"]
+    main(few)
+    plain, same, _ = json.loads(capsys.readouterr().out)["rows"]
+    assert same["mean"] == plain["mean"] and same["difference"] == 0
+    assert "18 episodes" in mistake(capsys, *few, "--seed", "1")
+
+
 def test_the_demo_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The true simulator stands for a perfect dream, so the page must say that both plan alike and dream without error.
     truth = envs.SimulatorDynamics("Pendulum-v1")

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -880,6 +881,17 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
     torch.testing.assert_close(earned, expected.sum(1, keepdim=True))
     again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
     torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
+
+
+def test_a_penalty_counts_in_the_std_of_the_rewards_that_the_model_was_trained_on() -> None:
+    toy, seen, actions = Wary(1), torch.tensor([[[0.6]]]), torch.zeros(1, 2, 1)
+    costs = []
+    for std in (None, 10.0):
+        if std is not None:
+            toy.scaling = SimpleNamespace(reward_std=torch.tensor(std))  # type: ignore[attr-defined]
+        wary = Cautious(toy, penalty=2.0)
+        costs.append(0.6 - wary.imagine(wary.observe(wary.initial(1), seen), actions)[1].reward)
+    torch.testing.assert_close(costs[1], 10 * costs[0])
 
 
 def test_a_cautious_plan_stays_where_the_model_knows() -> None:
