@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ def caution(
     episodes_of_data: int = 8,
     dataset: str | None = None,
     policies: tuple[int, ...] = tuple(range(RUNGS)),
+    by: Literal["doubt", "distance"] = "doubt",
     penalties: tuple[float, ...] = (1.0, 3.0, 10.0),
     episodes: int = 20,
     seed: int = 0,
@@ -41,9 +42,9 @@ def caution(
 ) -> dict[str, Any]:
     """Train on few episodes, calibrate on 16 others, and play for real with each penalty -> mean returns.
 
-    Penalties are those of ``Cautious``. Each row has the mean difference to the same planner without one from the same
-    starts, and its 95% interval over starts; "imagined" is what plans without a penalty promised a step, "real" what a
-    step then earned.
+    Penalties are ``Cautious``'s, and so is ``by``. Each row has the mean difference to the same planner without one
+    from the same starts, and its 95% interval over starts; "imagined" is what plans without a penalty promised a step,
+    "real" what a step then earned.
 
     task: pendulum, reacher or halfcheetah. dataset: whose episodes, "TASK/train-v0" where None. policies: which of
     every ten episodes count, for a ladder's are played by ten policies by turns. seed: of the training, and which
@@ -77,7 +78,7 @@ def caution(
     space: Any = spec.action_space
     rest = np.zeros((episodes, *space.shape), space.dtype)
     still = play(env_id, lambda obs, inner: rest, episodes=episodes, seed=start)
-    played = {str(p): plan(env_id, Cautious(model, p), planner, episodes=episodes, seed=start) for p in penalties}
+    played = {str(p): plan(env_id, Cautious(model, p, by), planner, episodes=episodes, seed=start) for p in penalties}
     rows = [{"penalty": "0", "mean": float(plain.returns.mean())}]
     for penalty, other in (played | {"no action": still}).items():
         more = replace(other, returns=other.returns - plain.returns)
@@ -89,6 +90,7 @@ def caution(
         "data": name,
         "policies": policies,
         "episodes_of_data": episodes_of_data,
+        "by": by,
         "seed": seed,
         "start": start,
         "episodes": episodes,

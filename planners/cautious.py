@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,22 +18,22 @@ _OWN = ("doubt", "doubt.seen", "doubt.from", COST)
 class Cautious:
     """A calibrated model whose rewards are lowered by its doubt, as MOPO's are (arXiv 2005.13239).
 
-    The doubt is that of ``world_model.trust``: it grows along each imagined path, faster where the model was trained on
-    nothing similar, and its unit is that of the model's error, the RMS over dimensions in standard deviations. Each
-    step costs ``penalty`` times the doubt after it, also where an objective pays. The penalty's unit is the standard
-    deviation of the reward that the model was trained on, so that one number means about the same on every task (in
-    dynamics without a ``scaling`` it is 1; for rewards of another size, multiply). All planners plan in it as
-    in any ``Dynamics``:
+    by: what each step costs ``penalty`` times, also where an objective pays. "doubt" is that of
+    ``world_model.trust`` after the step: it grows along each imagined path, faster where the model was trained on
+    nothing similar. "distance" is how far the step lies from what the model was trained on. Both are an RMS over
+    dimensions in standard deviations. The penalty's unit is the standard deviation of the reward that the model was
+    trained on, so that one number means about the same on every task (in dynamics without a ``scaling`` it is 1; for a
+    reward of another size, multiply). All planners plan in it as in any ``Dynamics``:
 
-        MPC(Cautious(model, penalty=3.0), CEM())
+        MPC(Cautious(model, penalty=2.0, by="distance"), CEM())
 
-    It is for models of few or narrow data, whose plans promise far more than they earn: there 3 served in the real
-    simulators. Where plans keep their promises it only costs (``kairos bench caution``).
+    It is for models of few or narrow data, whose plans promise far more than they earn; where plans keep their promises
+    it only costs (``kairos bench caution``).
 
     Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
     """
 
-    def __init__(self, dynamics: Dynamics, penalty: float):
+    def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["doubt", "distance"] = "doubt"):
         self.trust: Any = getattr(dynamics, "trust", None)
         if self.trust is None:
             raise ValueError("these dynamics know nothing of their error: kairos calibrate gives a model its trust")
@@ -41,7 +41,9 @@ class Cautious:
             raise ValueError("these dynamics are cautious already: give the model itself a larger penalty")
         if not penalty >= 0:
             raise ValueError(f"penalty must be at least 0, got {penalty}")
-        self.dynamics, self.penalty = dynamics, penalty
+        if by not in ("doubt", "distance"):
+            raise ValueError(f"by must be 'doubt' or 'distance', got {by!r}")
+        self.dynamics, self.penalty, self.by = dynamics, penalty, by
         scaling: Any = getattr(dynamics, "scaling", None)
         self.unit = 1.0 if scaling is None else float(scaling.reward_std)
 
@@ -64,12 +66,16 @@ class Cautious:
         return self._with(after, self.trust.begin(seen), seen, obs[:, -1].float(), torch.zeros(len(seen), 1))
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        """See ``Dynamics.imagine``; rewards are lowered by the doubt after each step."""
+        """See ``Dynamics.imagine``; rewards are lowered by the doubt after each step, or by its distance."""
         after, imagined = self.dynamics.imagine(_without(state), actions, decode=True)
         if imagined.obs is None:
             raise ValueError("these dynamics predict no observations, so nothing can be told of their error")
         path = torch.cat([state["doubt.from"][:, None], imagined.obs.float()], 1)
-        doubt = self.trust.follow(state["doubt"], path[:, :-1], actions.float())
+        begin, actions = path[:, :-1], actions.float()
+        if self.by == "distance":
+            doubt = self.trust.distance(begin, actions)
+        else:
+            doubt = self.trust.follow(state["doubt"], begin, actions)
         cost = self.penalty * self.unit * doubt
         lowered = imagined._replace(reward=imagined.reward - cost)
         after = self._with(after, doubt[:, -1], state["doubt.seen"], path[:, -1], cost)

@@ -234,6 +234,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert one["bytes"]["full attention"] == 2 * 2 * 100 * 2 * 64 * 4  # layers, keys and values, frames, tokens, floats
 
 
+@pytest.mark.slow
 def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))

@@ -857,6 +857,10 @@ class Wary(PointMass):
         def follow(doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
             return doubt[:, None] + (before[..., 0] > 0.5).float().cumsum(1)
 
+        @staticmethod
+        def distance(before: Tensor, actions: Tensor) -> Tensor:
+            return (before[..., 0] - 0.5).clamp_min(0)
+
     def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         x, _ = super().step(x, u)
         return x, x[:, 0]
@@ -881,6 +885,15 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
     torch.testing.assert_close(earned, expected.sum(1, keepdim=True))
     again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
     torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
+
+
+def test_a_penalty_by_distance_asks_each_step_alone() -> None:
+    toy, actions = Wary(1), torch.zeros(1, 2, 1)
+    wary = Cautious(toy, penalty=2.0, by="distance")
+    state, _ = wary.imagine(wary.observe(wary.initial(1), torch.tensor([[[0.6]]])), actions)
+    torch.testing.assert_close(wary.imagine(state, actions)[1].reward, torch.full((1, 2), 0.6 - 2 * 0.1))
+    with pytest.raises(ValueError, match="'doubt' or 'distance'"):
+        Cautious(toy, 1.0, by="fear")  # type: ignore[arg-type]
 
 
 def test_a_penalty_counts_in_the_std_of_the_rewards_that_the_model_was_trained_on() -> None:

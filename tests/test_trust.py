@@ -91,6 +91,15 @@ def test_doubt_is_larger_far_from_what_the_model_was_trained_on() -> None:
     assert ends[-2.0] > 2 * ends[0.0]
 
 
+def test_distance_is_that_to_the_nearest_known_step(taught: Trust) -> None:
+    known = taught.known / taught.unit.clamp_min(1) + taught.mean  # back in their own units; the actions never moved
+    begin = known[:6, :1].reshape(2, 3, 1)
+    torch.testing.assert_close(taught.distance(begin, torch.zeros(2, 3, 1)), torch.zeros(2, 3), atol=2e-3, rtol=0)
+    beyond = known[:, 0].max() + torch.tensor([[[1.0], [2.0]]])
+    far = taught.distance(beyond, torch.zeros(1, 2, 1))
+    torch.testing.assert_close(far, torch.tensor([[1.0, 2.0]]) * taught.unit[0] / 2**0.5)
+
+
 def test_numpy_and_torch_follow_alike(taught: Trust) -> None:
     before, actions, error, _ = toy(50, 1)
     doubt = taught.begin(torch.ones(len(error), dtype=torch.int64))

@@ -84,6 +84,14 @@ class Trust:
         xp, own = (torch, self) if isinstance(doubt, Tensor) else (np, self._in_numpy)
         return _grow(xp, own, doubt, _seen(xp, own, xp.concatenate([before, actions], -1)))
 
+    def distance(self, before: Tensor, actions: Tensor) -> Tensor:
+        """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest known one -> [B,K].
+
+        The RMS over observations and actions, each over its std in the training data.
+        """
+        raw = torch.cat([before, actions], -1)
+        return (_apart(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
+
     @cached_property
     def toward(self) -> Tensor:
         """[O+A,KNOWN], and with ``square`` what the distance from ``known`` is made of."""
@@ -128,10 +136,15 @@ class Trust:
 # What follows runs at every step of an env, so its operations are few; ``xp`` is torch or numpy.
 
 
+def _apart(xp: Any, own: Any, raw: Any) -> tuple[Any, Any]:
+    """Observations and actions [B,K,O+A] -> the same in std [B*K,O+A], and the least |x - known|^2 [B*K]."""
+    x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
+    return x, xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)
+
+
 def _seen(xp: Any, own: Any, raw: Any) -> Any:
     """Observations and actions [B,K,O+A] -> what the rule sees, [B,K,O+A+1]."""
-    x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
-    square = xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)  # |x - known|^2
+    x, square = _apart(xp, own, raw)
     far = 0.5 * xp.log(square.clip(NEAR**2, None))[:, None]
     return xp.concatenate([x, far], 1).clip(-SIGHT, SIGHT).reshape(*raw.shape[:-1], -1)
 
