@@ -1,4 +1,4 @@
-"""Caution where data are few: whether plans that pay for doubt earn more in the real simulator."""
+"""Caution where data are few: whether plans that pay for ignorance earn more in the real simulator."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def caution(
     episodes_of_data: int = 8,
     dataset: str | None = None,
     policies: tuple[int, ...] = tuple(range(RUNGS)),
-    by: Literal["doubt", "distance"] = "doubt",
-    penalties: tuple[float, ...] = (1.0, 3.0, 10.0),
+    by: Literal["doubt", "distance"] = "distance",
+    penalties: tuple[float, ...] = (1.0, 2.0, 5.0),
     episodes: int = 20,
     seed: int = 0,
     start: int = 6000,

@@ -1,4 +1,4 @@
-"""Dynamics in which doubt costs: a plan that leads where the model knows little earns less."""
+"""Dynamics in which ignorance costs: a plan that leads where the model knows little earns less."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _OWN = ("doubt", "doubt.seen", "doubt.from", COST)
 
 
 class Cautious:
-    """A calibrated model whose rewards are lowered by its doubt, as MOPO's are (arXiv 2005.13239).
+    """A calibrated model whose rewards are lowered by its ignorance, as MOPO's are (arXiv 2005.13239).
 
-    by: what each step costs ``penalty`` times, also where an objective pays. "doubt" is that of
-    ``world_model.trust`` after the step: it grows along each imagined path, faster where the model was trained on
-    nothing similar. "distance" is how far the step lies from what the model was trained on. Both are an RMS over
-    dimensions in standard deviations. The penalty's unit is the standard deviation of the reward that the model was
-    trained on, so that one number means about the same on every task (in dynamics without a ``scaling`` it is 1; for a
-    reward of another size, multiply). All planners plan in it as in any ``Dynamics``:
+    by: what each step costs ``penalty`` times, also where an objective pays. "distance" is how far the step lies
+    from what the model was trained on. "doubt" is that of ``world_model.trust`` after the step: it grows along each
+    imagined path, faster where the model was trained on nothing similar. Both are an RMS over dimensions in standard
+    deviations. The penalty's unit is the standard deviation of the reward that the model was trained on, so that one
+    number means about the same on every task (in dynamics without a ``scaling`` it is 1; for a ``reward_fn`` of another
+    size, multiply). All planners plan in it as in any ``Dynamics``:
 
-        MPC(Cautious(model, penalty=2.0, by="distance"), CEM())
+        MPC(Cautious(model, penalty=2.0), CEM())
 
-    It is for models of few or narrow data, whose plans promise far more than they earn; where plans keep their promises
-    it only costs (``kairos bench caution``).
+    It is for models that have seen little but what some policies do, whose plans promise more than they earn. In a
+    model of random actions, which go everywhere, it mostly costs (``kairos bench caution``).
 
     Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
     """
 
-    def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["doubt", "distance"] = "doubt"):
+    def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["doubt", "distance"] = "distance"):
         self.trust: Any = getattr(dynamics, "trust", None)
         if self.trust is None:
             raise ValueError("these dynamics know nothing of their error: kairos calibrate gives a model its trust")
@@ -66,7 +66,7 @@ class Cautious:
         return self._with(after, self.trust.begin(seen), seen, obs[:, -1].float(), torch.zeros(len(seen), 1))
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        """See ``Dynamics.imagine``; rewards are lowered by the doubt after each step, or by its distance."""
+        """See ``Dynamics.imagine``; rewards are lowered by what ``by`` says."""
         after, imagined = self.dynamics.imagine(_without(state), actions, decode=True)
         if imagined.obs is None:
             raise ValueError("these dynamics predict no observations, so nothing can be told of their error")

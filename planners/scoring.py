@@ -12,9 +12,9 @@ from planners.objective import Objective
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-COST, OVER = "cost", "over"
-"""A state's tensors [B,K]: what the steps of its last chunk cost beside their reward, and by how much each went beyond
-what is allowed, in dynamics that have such (``planners.Cautious``)."""
+COST = "cost"
+"""A state's tensor [B,K]: what the steps of its last chunk cost beside their reward, in dynamics that have such
+(``planners.Cautious``)."""
 
 # Dreamed side by side by one ``imagine`` call; more candidates take turns. That bounds the memory, and on a CPU keeps
 # their states in its caches from one chunk to the next.
@@ -109,7 +109,7 @@ def _dream(
     futures: bool,
 ) -> Scored:
     """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
-    rewards, ends, costs, over, seen = [], [], [], [], []
+    rewards, ends, costs, seen = [], [], [], []
     looks, chunks = objective.looks, actions.unbind(1)
     for number, chunk in enumerate(chunks, 1):
         decode = looks or futures or (number == len(chunks) and objective.value_fn is not None)
@@ -129,8 +129,6 @@ def _dream(
             if objective.cost_fn is not None:
                 costs.append(_like(reward, "cost_fn", objective.cost_fn(before, chunk, after)))
                 reward = reward - objective.penalty * costs[-1]
-        if OVER in state.tensors:
-            over.append(state[OVER])
         rewards.append(reward)
         ends.append(imagined.terminated)
     ended = torch.cat(ends, dim=1)
@@ -149,11 +147,9 @@ def _dream(
     if objective.value_fn is not None:
         later = _like(value, "value_fn", objective.value_fn(seen[-1][:, -1]))
         value = value + torch.where(ended.any(1), 0.0, objective.discount ** ended.shape[1] * later)
-    violation = total(over) if over else None
+    violation = None
     if objective.cost_limit is not None:
-        beyond = (total(costs) - objective.cost_limit).clamp(min=0)
-        violation = beyond if violation is None else violation + beyond
-    if violation is not None:
+        violation = (total(costs) - objective.cost_limit).clamp(min=0)
         lost = ~(value + violation).isfinite()
         value, violation = value.masked_fill(lost, -torch.inf), violation.masked_fill(lost, torch.inf)
     value = value.nan_to_num(-torch.inf, -torch.inf, -torch.inf)

@@ -868,7 +868,7 @@ class Wary(PointMass):
 
 def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen() -> None:
     toy = Wary(1)
-    wary = Cautious(toy, penalty=2.0)
+    wary = Cautious(toy, penalty=2.0, by="doubt")
     state = wary.observe(wary.initial(2), torch.tensor([[[0.4]], [[0.6]]]))
     actions = torch.zeros(2, 2, 1)
     (plain, _), (after, seen) = (toy.imagine(toy.start([[0.4], [0.6]]), actions), wary.imagine(state, actions))
@@ -889,7 +889,7 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
 
 def test_a_penalty_by_distance_asks_each_step_alone() -> None:
     toy, actions = Wary(1), torch.zeros(1, 2, 1)
-    wary = Cautious(toy, penalty=2.0, by="distance")
+    wary = Cautious(toy, penalty=2.0)
     state, _ = wary.imagine(wary.observe(wary.initial(1), torch.tensor([[[0.6]]])), actions)
     torch.testing.assert_close(wary.imagine(state, actions)[1].reward, torch.full((1, 2), 0.6 - 2 * 0.1))
     with pytest.raises(ValueError, match="'doubt' or 'distance'"):
@@ -909,7 +909,12 @@ def test_a_penalty_counts_in_the_std_of_the_rewards_that_the_model_was_trained_o
 
 def test_a_cautious_plan_stays_where_the_model_knows() -> None:
     toy = Wary(1)
-    for dynamics, beyond in ((toy, True), (Cautious(toy, 0.0), True), (Cautious(toy, 5.0), False)):
+    for dynamics, beyond in (
+        (toy, True),
+        (Cautious(toy, 0.0), True),
+        (Cautious(toy, 5.0, "doubt"), False),
+        (Cautious(toy, 50.0), False),
+    ):
         x = torch.zeros(1, 1)
         mpc = MPC(dynamics, CEM(horizon=6, candidates=64, elites=8))
         for _ in range(8):
