@@ -89,14 +89,18 @@ def score(
     n, most = candidates.shape[1], MAX_DREAMS
     if candidates.device.type == "cpu":
         most = min(most, max(1, MAX_BYTES * state.batch // state.nbytes))
-    rows = torch.arange(state.batch, device=candidates.device).repeat_interleave(n)
-    parts = []
+    flat = candidates.flatten(0, 1)
     with torch.set_grad_enabled(gradients):
-        for at, actions in zip(rows.split(most), candidates.flatten(0, 1).split(most), strict=True):
-            now, there = (None if x is None else x[at] for x in (obs, goal))
-            parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
-    joined = parts[0] if len(parts) == 1 else Scored.join(parts, 0)
-    return joined.each(lambda x: x.unflatten(0, (-1, n)))
+        if len(flat) <= most:
+            now, there = (None if x is None else x.repeat_interleave(n, 0) for x in (obs, goal))
+            scored = _dream(dynamics, state.expand(n), flat, objective, now, there, futures)
+        else:
+            parts, rows = [], torch.arange(state.batch, device=flat.device).repeat_interleave(n)
+            for at, actions in zip(rows.split(most), flat.split(most), strict=True):
+                now, there = (None if x is None else x[at] for x in (obs, goal))
+                parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
+            scored = Scored.join(parts, 0)
+    return scored.each(lambda x: x.unflatten(0, (-1, n)))
 
 
 def _dream(

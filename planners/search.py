@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -150,16 +150,16 @@ class Search:
 
     def normal(self, n: int) -> Tensor:
         """Standard normal noise [B,n,H,K,A]; row b is drawn from generator b alone."""
-        noise = self.mean.new_empty(len(self._generators), n, *self.mean.shape[1:])
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.normal_(generator=generator)
-        return noise
+        return self._drawn(n, Tensor.normal_)
 
     def uniform(self, n: int) -> Tensor:
         """Noise uniform in [0,1), [B,n,H,K,A]; row b is drawn from generator b alone."""
+        return self._drawn(n, Tensor.uniform_)
+
+    def _drawn(self, n: int, fill: Callable[..., Tensor]) -> Tensor:
         noise = self.mean.new_empty(len(self._generators), n, *self.mean.shape[1:])
         for row, generator in zip(noise, self._generators, strict=True):
-            row.uniform_(generator=generator)
+            fill(row, generator=generator)
         return noise
 
     def coloured(self, n: int, exponent: float) -> Tensor:
@@ -199,13 +199,11 @@ def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
     """The action bounds, low [A] and high [A], float32. Raises ValueError where one is infinite or none is meant."""
     if isinstance(spec.action_space, spaces.Discrete):
         raise ValueError(f"planners search among real numbers; {spec.action_space} has choices instead")
-    space = spec.action_box
-    if not space.is_bounded():
-        raise ValueError(f"planners sample within the action bounds, but {space} has infinite ones: bound it first")
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    # A float64 bound may round to a float32 just outside of it.
-    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    if not spec.action_box.is_bounded():
+        raise ValueError(
+            f"planners sample within the action bounds, but {spec.action_box} has infinite ones: bound it first"
+        )
+    low, high = spec.action_bounds
     return torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor
 
 from world_model.vectors import flat_box
@@ -49,6 +51,15 @@ class Spec:
     def action_box(self) -> spaces.Box:
         """Box [A], the action space as vectors."""
         return flat_box(self.action_space)
+
+    @cached_property
+    def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The bounds of ``action_box``, low [A] and high [A], as the float32 that lie within them."""
+        space = self.action_box
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        # A float64 bound may round to a float32 just outside of it.
+        low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+        return low, np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
 
 
 def _is_real(space: spaces.Space) -> bool:
