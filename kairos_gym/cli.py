@@ -187,7 +187,7 @@ def explain(
     method = _method(planner, horizon, chunk, candidates, std)
     explained = explain(env_id, world, method, decision=decision, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(explained, dims or None).savefig(out, dpi=150)
+    draw(explained, dims or None).savefig(out, dpi=100, metadata={"Date": None} if out.suffix == ".svg" else None)
     print(out)
 
 
