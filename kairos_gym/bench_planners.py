@@ -34,7 +34,7 @@ class Setting:
     objective: Objective = Objective()
 
     def planners(self) -> dict[str, SearchPlanner]:
-        """By name: all with as many evaluations a decision (MPPI one more), and three with half of them."""
+        """By name: all with as many evaluations a decision (CEM and MPPI one more), and three with half of them."""
         h, k, std, n = self.horizon, self.chunk, self.std, self.candidates
         starts = 8
         found: dict[str, SearchPlanner] = {
@@ -59,10 +59,10 @@ def _balance(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
 
 SETTINGS = {
     "pendulum": Setting(10, 2),
-    "invertedpendulum": Setting(20, 1, std=0.1, candidates=16, objective=Objective(reward_fn=_balance)),
+    "invertedpendulum": Setting(20, 1, std=0.1, candidates=12, objective=Objective(reward_fn=_balance)),
     "reacher": Setting(5, 4, std=0.12),
-    "pusher": Setting(15, 2, std=0.2),
-    "swingup": Setting(15, 2),
+    "pusher": Setting(15, 2, std=0.2, candidates=48),
+    "swingup": Setting(15, 2, candidates=48),
 }
 
 

@@ -14,9 +14,9 @@ class CEM(SearchPlanner):
     """Cross-entropy method over action sequences, as PETS plans with it (arXiv 1805.12114).
 
     Two choices differ from PETS. Samples are projected onto the action bounds when they are dreamed, instead of drawn
-    from a truncated normal (see ``Search``). And the current mean is candidate 0 of every iteration, so the result is
-    simply the best sequence ever dreamed, be it a mean or a sample, and its value is the return it was dreamed with.
-    Where there are limits, the elites are first those that keep them
+    from a truncated normal (see ``Search``). And every mean is dreamed too, as candidate 0 of the next iteration, the
+    last one by itself, so the result is simply the best sequence ever dreamed, be it a mean or a sample, and its value
+    is the return it was dreamed with. Where there are limits, the elites are first those that keep them
     (constrained CEM, https://proceedings.neurips.cc/paper/2018/hash/34ffeb359a192eb8174b6854643cc046-Abstract.html).
     """
 
@@ -42,4 +42,5 @@ class CEM(SearchPlanner):
             elites, values = search.elites(samples, self.elites)
             mean, std = refit(elites, values, mean)
             std = std.clamp_(self.min_std * search.half_range)
+        search.score(mean[:, None])
         return search.best

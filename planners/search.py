@@ -74,9 +74,8 @@ class Search:
         # As large as what is clamped to them, which takes a fraction of the time.
         self.low, self.high = (bound.expand(self.mean.shape[1:]).contiguous() for bound in (low, high))  # [H,K,A]
         self._row = torch.arange(state.batch, device=device)
-        self._leaders: list[tuple[Tensor, Scored]] = []  # of each round, [B,H,K,A] and [B,1]
-        self._dreamed: list[tuple[Tensor, Scored]] = []  # of each round, [B,N,H,K,A] and [B,N]
-        self._keep, self._evaluations = keep, 0
+        self._rounds: list[tuple[Tensor, Scored]] = []  # what was dreamed, [B,N,H,K,A] and [B,N]
+        self._keep = keep
 
     @property
     def half_range(self) -> Tensor:
@@ -84,7 +83,7 @@ class Search:
         return (self.high - self.low) / 2
 
     def score(self, samples: Tensor, *, gradients: bool = False) -> Scored:
-        """Dream candidates [B,N,H,K,A], and remember the best of each row."""
+        """Dream candidates [B,N,H,K,A], and remember what they earn."""
         played = self._played(samples)
         scored = score(
             self.dynamics,
@@ -95,23 +94,22 @@ class Search:
             futures=self._keep,
             gradients=gradients,
         )
-        self._evaluations += samples.shape[1]
-        told, played = (scored.each(torch.Tensor.detach), played.detach()) if gradients else (scored, played)
-        if self._keep:
-            self._dreamed.append((played, told))
-        leader = told.best(1)
-        violation = None if told.violation is None else told.violation.gather(1, leader)
-        self._leaders.append((played[self._row, leader[:, 0]], Scored(told.value.gather(1, leader), violation)))
+        self._rounds.append((played.detach(), scored.each(Tensor.detach)) if gradients else (played, scored))
         return scored
 
     @property
     def best(self) -> Plan:
         """The best sequence of each row that was ever dreamed; of equals the first."""
-        actions, scores = zip(*self._leaders, strict=True)
-        scored = Scored.join(scores, 1)
-        which = self._row, scored.best(1)[:, 0]
-        violation = None if scored.violation is None else scored.violation[which]
-        return Plan(torch.stack(actions, 1)[which], scored.value[which], violation=violation)
+        actions, leaders = [], []
+        for played, scored in self._rounds:  # now, not round by round: so shortly after a dream all is slow
+            at = scored.best(1)
+            actions.append(played[self._row, at[:, 0]])
+            violation = None if scored.violation is None else scored.violation.gather(1, at)
+            leaders.append(Scored(scored.value.gather(1, at), violation))
+        joined = Scored.join(leaders, 1)
+        which = self._row, joined.best(1)[:, 0]
+        violation = None if joined.violation is None else joined.violation[which]
+        return Plan(torch.stack(actions, 1)[which], joined.value[which], violation=violation)
 
     def elites(self, samples: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """``score``, and the n best of the candidates in each row [B,n,H,K,A], best first, with their returns [B,n]."""
@@ -127,13 +125,13 @@ class Search:
 
     def ended(self, plan: Plan) -> Plan:
         """The plan with the story of this search."""
-        kept = None
-        if self._keep:
-            candidates, scores = zip(*self._dreamed, strict=True)
-            kept = Kept(torch.cat(candidates, 1), Scored.join(scores, 1))
-        elites = None if plan.elites is None else self._played(plan.elites)
-        seconds = time.perf_counter() - self._begun
-        return plan._replace(elites=elites, evaluations=self._evaluations, seconds=seconds, kept=kept)
+        candidates, scores = zip(*self._rounds, strict=True)
+        return plan._replace(
+            elites=None if plan.elites is None else self._played(plan.elites),
+            evaluations=sum(played.shape[1] for played in candidates),
+            seconds=time.perf_counter() - self._begun,
+            kept=Kept(torch.cat(candidates, 1), Scored.join(scores, 1)) if self._keep else None,
+        )
 
     def with_known(self, samples: Tensor) -> Tensor:
         """Samples [B,N,H,K,A] whose last ones are exchanged for the candidates that were brought along, where known."""
