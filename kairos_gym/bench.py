@@ -1,4 +1,4 @@
-"""The figures of the README, each by one command: open-loop errors, memory, and control, beside what they must beat."""
+"""The figures of the README, each by one command: open-loop errors, memory and the rest, beside what they must beat."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from kairos_gym.bench_caution import caution
 from kairos_gym.bench_env import endurance, env
 from kairos_gym.bench_gpu import gpu
@@ -18,11 +16,8 @@ from kairos_gym.bench_kernels import memory, speed, step, updates
 from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_planners import planners, together
 from kairos_gym.bench_trust import trust
-from kairos_gym.models import load
 from kairos_gym.open_loop import open_loop
-from kairos_gym.plan import plan
 from kairos_gym.recipes import RECIPES, Data, config, data, errors
-from planners import CEM
 from world_model.baselines import fit_ensemble
 from world_model.bounds import window_floor
 from world_model.episodes import Episodes
@@ -30,10 +25,6 @@ from world_model.fit import fit
 
 Form = Literal["kairos", "plain", "pets"]
 CPU_SECONDS = 100.0  # the budget of every training here, collection left out
-CONTROL = {  # chosen on the true simulator, on starts other than those of ``control``
-    "pendulum": CEM(horizon=10, chunk=2, candidates=64, elites=8, iterations=3),
-    "reacher": CEM(horizon=5, chunk=4, candidates=64, elites=8, iterations=3, std=0.12),
-}
 FRAMES = 32  # of a training window in ``recall``
 WAIT = 20  # frames between the last sight of the hidden target and the first scored one
 
@@ -149,26 +140,6 @@ def _hidden(task: str) -> Data:
     return replace(have, spec=spec, train=train, test=test, std=train.obs.std(0).clamp_min(1e-6))
 
 
-def control(task: str, dynamics: Literal["dream", "truth"], episodes: int = 20, seed: int = 5000) -> dict[str, Any]:
-    """The same CEM in the dream and on the true simulator -> mean return with its 95% interval, ms a decision."""
-    from envs import SimulatorDynamics
-
-    env = RECIPES[task].env
-    model: Any = load(task) if dynamics == "dream" else SimulatorDynamics(env)
-    played = plan(env, model, CONTROL[task], episodes=episodes, seed=seed)
-    returns = torch.as_tensor(played.returns)
-    return {
-        "task": task,
-        "dynamics": dynamics,
-        "episodes": episodes,
-        "mean": returns.mean().item(),
-        "median": returns.median().item(),
-        "interval": played.interval(),
-        "ms_per_decision": played.ms_per_decision,
-        "returns": returns.tolist(),
-    }
-
-
 def keep(row: dict[str, Any], path: Path = Path("reports/bench.jsonl")) -> None:
     """Print a row and add it to the file that ``table`` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +153,7 @@ def table(path: Path = Path("reports/bench.jsonl")) -> None:
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     lifts: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in map(json.loads, path.read_text().splitlines()):  # of a seed that was run twice the last counts
-        form = row.get("form") or row.get("pattern") or row.get("dynamics")
+        form = row.get("form") or row.get("pattern")
         if row.get("bench") == "lift":
             lifts[row["who"], row["reward"], row["seed"], row["episodes"]] = row
         if form is None:  # a bench of its own, which says all it has to say where it is run
@@ -206,11 +177,6 @@ def table(path: Path = Path("reports/bench.jsonl")) -> None:
             cells.append(" ".join(f"{row['reward_error']:.3f}" for row in group))
             if "window_floor" in group[0]:
                 cells.append("no window below {window_floor:.3f} (exact {exact_floor:.3f})".format(**group[0]))
-        else:
-            row = group[-1]
-            cells[2] = f"{row['episodes']} episodes"
-            cells.append("mean {mean:.2f}, median {median:.2f}, {ms_per_decision:.0f} ms".format(**row))
-            cells.append("95% {:.2f} to {:.2f}".format(*row["interval"]))
         if "cpu_seconds" in group[0]:
             cells.append(f"{_mean(row['cpu_seconds'] for row in group)} CPU-s")
         print("| " + " | ".join(cells) + " |")
@@ -230,7 +196,6 @@ COMMANDS = {
         models,
         recall,
         floor,
-        control,
         planners,
         together,
         caution,

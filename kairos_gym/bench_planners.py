@@ -79,6 +79,8 @@ def planners(
     """
     from envs import SimulatorDynamics
 
+    if unknown := set(tasks) - set(SETTINGS):
+        raise ValueError(f"no task {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     rows: list[dict[str, Any]] = []
     for task in tasks:
         setting, env = SETTINGS[task], RECIPES[task].env

@@ -16,6 +16,7 @@ import pytest
 from gymnasium import spaces
 
 from kairos_gym import load
+from kairos_gym.bench_planners import Setting
 from kairos_gym.cli import main
 from kairos_gym.collect import collect
 from kairos_gym.demo import show
@@ -235,6 +236,23 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_bench_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kairos_gym.bench_planners.SETTINGS", {"reacher": Setting(2, 4, candidates=16)})
+    main(["bench", "planners", "--tasks", "reacher", "--episodes", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("reacher ") for line in lines) == 8
+    rows = json.loads((tmp_path / "reports" / "bench.jsonl").read_text())["rows"]
+    spent = {(row["planner"], row["dynamics"]): row["evaluations"] for row in rows}
+    assert ("gradient", "truth") not in spent and spent["iCEM, half", "dream"] <= 24 and spent["iCEM", "dream"] <= 48
+    assert spent["random shooting", "dream"] == spent["gradient", "dream"] == spent["CEM", "truth"] - 1 == 48
+    returns = {(row["planner"], row["dynamics"]): row["returns"] for row in rows}
+    np.testing.assert_allclose(returns["CEM", "dream"], returns["CEM", "truth"], rtol=0.3)
+    assert "no task pong; there are reacher" in mistake(capsys, "bench", "planners", "--tasks", "pong")
+    main(["bench", "together", "--batch", "3", "--sizes", "4", "--rounds", "1"])
+    assert json.loads((tmp_path / "reports" / "bench.jsonl").read_text().splitlines()[1])["rows"][0]["share"] > 0
+
+
 def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
