@@ -66,7 +66,7 @@ class SimulatorDynamics:
         self.spec = Spec(sim.observation_space, sim.action_space, chunk, float(sim.dt))
         if isinstance(sim, PendulumEnv):
             self._play = self._play_pendulum
-        elif env_id in _READOUTS:
+        elif sim.spec.id in _READOUTS:
             self._play = self._play_bare
         else:
             self._play = self._play_rows

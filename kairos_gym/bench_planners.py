@@ -34,7 +34,7 @@ class Setting:
     objective: Objective = Objective()
 
     def planners(self) -> dict[str, SearchPlanner]:
-        """By name: all with as many evaluations a decision (CEM and MPPI one more), and three with half of them."""
+        """By name: all with as many evaluations a decision (but for one more or a few less), and three with half."""
         h, k, std, n = self.horizon, self.chunk, self.std, self.candidates
         starts = 8
         found: dict[str, SearchPlanner] = {

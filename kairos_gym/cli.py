@@ -132,7 +132,7 @@ def plan(
         episodes: how many episodes to play, side by side
         horizon: how many chunks to look ahead
         chunk: how many steps to play before planning again
-        candidates: how many plans to dream at once
+        candidates: how many plans to dream at once; gradient ascent, which is slow, begins with a 25th of them
         std: how widely the search begins, in half ranges of the actions; 0.12 suits Reacher, which charges for effort
         seed: episode e begins with seed + e
     """
@@ -147,10 +147,18 @@ def plan(
     method = _method(planner, horizon, chunk, candidates, std)
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
     run = playing.plan(env_id, dynamics, method, episodes=episodes, seed=seed)
-    columns = ["planned in", "simulator", "episodes", "mean return", "95% interval", "median", "ms a decision"]
-    interval = "{:.2f} to {:.2f}".format(*run.interval())
-    row = [where, env_id, episodes, run.returns.mean(), interval, float(np.median(run.returns)), run.ms_per_decision]
-    print(as_text(columns, [row]))
+    about = {
+        "planner": planner,
+        "evaluations": run.evaluations,
+        "planned in": where,
+        "simulator": env_id,
+        "episodes": episodes,
+        "mean return": float(run.returns.mean()),
+        "95% interval": "{:.2f} to {:.2f}".format(*run.interval()),
+        "median": float(np.median(run.returns)),
+        "ms a decision": run.ms_per_decision,
+    }
+    print(as_text(list(about), [list(about.values())]))
 
 
 def explain(
@@ -383,13 +391,13 @@ def _method(name: Method, horizon: int, chunk: int, candidates: int, std: float)
     if name == "shooting":
         return RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
     if name == "gradient":
-        return Gradient(horizon=horizon, chunk=chunk, starts=candidates, std=std)
+        return Gradient(horizon=horizon, chunk=chunk, starts=max(1, candidates // 25), std=std)
     if name == "mppi":
         return MPPI(horizon=horizon, chunk=chunk, candidates=candidates, std=std)
     if candidates < 2:
         raise ValueError(f"{name} needs at least 2 candidates, got {candidates}")
-    kind = CEM if name == "cem" else ICEM
-    return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=max(2, candidates // 10), std=std)
+    kind, elites = CEM if name == "cem" else ICEM, max(2, candidates // 10)
+    return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
 
 
 def _print_errors(table: dict[str, dict[str, float]]) -> None:

@@ -36,8 +36,10 @@ def explain(
 
     Raises ValueError where the episode ends before that decision (0 is the first).
     """
-    from envs import make_real
+    from envs import SimulatorDynamics, make_real
 
+    if decision < 0:
+        raise ValueError(f"decision must be at least 0, the episode's first, got {decision}")
     env: Any = make_real(env_id)
     mpc = MPC(dynamics, planner, objective, seed=seed)
     now, seen, over = flatten(env.observation_space, env.reset(seed=seed)[0]), None, False
@@ -51,13 +53,18 @@ def explain(
                 break
         return np.stack(frames), ended
 
+    def act() -> NDArray[Any]:
+        if isinstance(dynamics, SimulatorDynamics):  # not all observations tell the state
+            return mpc.act(now, state=dynamics.capture(env))
+        return mpc.act(now, inner_obs=seen)
+
     for number in range(decision):
-        seen, over = play(mpc.act(now, inner_obs=seen).reshape(-1, *env.action_space.shape))
+        seen, over = play(act().reshape(-1, *env.action_space.shape))
         if over:
             raise ValueError(f"this episode ends after {number + 1} decisions: explain an earlier one than {decision}")
         now = seen[-1]
     mpc.keep = True
-    mpc.act(now, inner_obs=seen)
+    act()
     assert mpc.plan is not None
     real, _ = play(mpc.plan.actions[0].flatten(0, 1).cpu().numpy())
     env.close()
@@ -77,6 +84,8 @@ def draw(explained: Explained, dims: Sequence[int] | None = None) -> Figure:
     if dims is None:
         spread = _std(futures, 0).max(0) / np.maximum(_std(futures, (0, 1)), 1e-6)  # at a step, over that of all
         dims = sorted(np.argsort(-spread, kind="stable")[:3].tolist())
+    if len(dims) == 0 or not all(0 <= dim < futures.shape[-1] for dim in dims):
+        raise ValueError(f"dims must be some of 0 to {futures.shape[-1] - 1}, got {list(dims)}")
     fits = np.isfinite(value) if kept.scored.violation is None else kept.scored.violation[0].cpu().numpy() <= 0
     rank = np.empty(len(value))
     rank[np.argsort(value, kind="stable")] = np.linspace(0, 1, len(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import torch
@@ -97,7 +98,7 @@ def require_elites(*, elites: int, candidates: int, min_std: float, std: float) 
 
 
 def require_positive(**settings: float) -> None:
-    """Raises ValueError that names the first setting that is not above zero."""
+    """Raises ValueError that names the first setting that is not above zero, or infinite."""
     for name, value in settings.items():
-        if not value > 0:
+        if not 0 < value < inf:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -34,11 +34,8 @@ class CEM(SearchPlanner):
     def find(self, search: Search) -> Plan:
         """-> the best sequence [B,H,K,A] seen in each row, with its own imagined return [B]."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
-        for iteration in range(self.iterations):
+        for _ in range(self.iterations):
             samples = search.around(mean, std, search.normal(self.candidates))
-            samples[:, 0] = mean
-            if iteration == 0:
-                samples = search.with_known(samples)
             elites, values = search.elites(samples, self.elites)
             mean, std = refit(elites, values, mean)
             std = std.clamp_(self.min_std * search.half_range)

@@ -40,6 +40,8 @@ class Costable:
     ):
         if objective.cost_limit is not None:
             raise ValueError("those solvers know no limits: give the objective a penalty instead of a cost_limit")
+        if goal is not None and objective.reward_fn is not None:
+            raise ValueError("pass a reward_fn or goal, not both")
         self.dynamics, self.objective, self.key, self.goal, self.to_actions = dynamics, objective, key, goal, to_actions
 
     @staticmethod

@@ -37,23 +37,26 @@ class Gradient(SearchPlanner):
         """
         std = (self.std * search.half_range).expand_as(search.mean)
         samples = search.around(search.mean, std, search.normal(self.starts))
-        samples[:, 0] = search.mean
         # In half action ranges, so that one rate fits every action: 0 is the middle, -1 and 1 are the bounds.
         middle, half = (search.low + search.high) / 2, search.half_range.clamp(min=1e-12)
-        place = ((search.with_known(samples) - middle) / half).clamp_(-1, 1).requires_grad_()
+        place = ((samples - middle) / half).clamp_(-1, 1).requires_grad_()
         adam = torch.optim.Adam([place], lr=self.lr)
         for _ in range(self.iterations):
             with torch.enable_grad():
-                scored = search.score(middle + half * place, gradients=True)
+                actions = middle + half * place
+                # Rounding may take an action past its bound, where the projection would let no gradient through.
+                onto = (actions.clamp(search.low, search.high) - actions).detach()
+                scored = search.score(actions + onto, gradients=True)
                 worth = scored.value
                 if scored.violation is not None:
                     worth = torch.where(scored.violation > 0, -scored.violation, worth)
                 loss = -worth.sum()
-            if not loss.requires_grad:
+            found = torch.autograd.grad(loss, place, allow_unused=True)[0] if loss.requires_grad else None
+            if found is None:
                 raise ValueError(
                     "these dynamics, or this objective, pass no gradients on to the actions: use a planner that samples"
                 )
-            (place.grad,) = torch.autograd.grad(loss, place)
+            place.grad = found
             place.grad.nan_to_num_(0.0, 0.0, 0.0)  # a dream that was lost points nowhere
             adam.step()
             with torch.no_grad():

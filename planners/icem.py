@@ -45,12 +45,11 @@ class ICEM(SearchPlanner):
     def find(self, search: Search) -> Plan:
         """-> the best sequence [B,H,K,A] seen in each row, its own imagined return [B], and the kept elites."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
-        kept, stay = round(self.keep * self.elites), search.known
+        kept, stay = round(self.keep * self.elites), search.known[:, :0]
         for iteration in range(self.iterations):
             count = min(max(int(self.candidates * self.shrink**-iteration), 2 * self.elites), self.candidates)
             samples = search.around(mean, std, search.coloured(count, self.colour))
-            samples[:, 0] = mean
-            samples = torch.cat([samples, stay], 1) if iteration else search.with_known(samples)
+            samples = torch.cat([samples, stay], 1)
             elites, values = search.elites(samples, self.elites)
             stay = elites[:, :kept]
             new_mean, new_std = refit(elites, values, mean)

@@ -127,12 +127,15 @@ class MPC:
     ) -> tuple[Array, None]:
         """``act`` as Stable-Baselines3 calls a policy: obs [B,O] or [O] -> (actions [B,A] or [A], None).
 
-        episode_start: bool [B], the rows that begin an episode; where None, those go on that have been seen. The memory
-        stays in here, so ``state`` is neither needed nor given, and a plan is always ``deterministic``. A planner of
-        chunks K > 1 gives [B,K,A], for an environment that takes them (``envs.ChunkedActions``).
+        episode_start: bool [B], the rows that begin an episode; where None, those go on that have been seen. Another
+        number of rows begins anew. The memory stays in here, so ``state`` is neither needed nor given, and a plan is
+        always ``deterministic``. A planner of chunks K > 1 gives [B,K,A], for an environment that takes them
+        (``envs.ChunkedActions``).
         """
-        batch = len(observation) if observation.ndim == 2 else 1
-        if batch != len(self._fresh):
+        shape: tuple[int, ...] = np.shape(observation)
+        one: tuple[int, ...] = self.dynamics.spec.observation_box.shape
+        batch = shape[0] if shape[1:] == one else 1
+        if shape in (one, (batch, *one)) and batch != len(self._fresh):
             self.reset(batch)
         if episode_start is not None:
             self.reset_rows(np.asarray(episode_start, bool))

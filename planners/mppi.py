@@ -20,8 +20,9 @@ class MPPI(SearchPlanner):
     Samples are projected onto the action bounds when they are dreamed (see ``Search``). The temperature is measured in
     standard deviations of the row's own returns, so that one default fits rewards of any size, and the noise shrinks by
     ``decay`` from one iteration to the next. The plan is the last average, as the method defines it; it is dreamed once
-    more for its value. Where there are limits, only candidates that keep them have a weight; while none does, the
-    violation is weighed in place of the return.
+    more for its value, and given up for the best candidate where it is lost or exceeds limits that the candidate keeps.
+    Only candidates that keep the limits have a weight; while none does, the violation is weighed instead of the return.
+    The cost of control in the paper's weights is left to the objective.
     """
 
     candidates: int = 400  # N
@@ -40,11 +41,8 @@ class MPPI(SearchPlanner):
     def find(self, search: Search) -> Plan:
         """-> the weighted average [B,H,K,A] of each row's candidates, with its own imagined return [B]."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
-        for iteration in range(self.iterations):
+        for _ in range(self.iterations):
             samples = search.around(mean, std, search.normal(self.candidates))
-            samples[:, 0] = mean
-            if iteration == 0:
-                samples = search.with_known(samples)
             weights = self._weights(search.score(samples))
             mean = torch.einsum("bn,bnhka->bhka", weights, samples)
             std = std * self.decay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, isfinite
 
 from torch import Tensor
 
@@ -39,8 +40,15 @@ class Objective:
             raise ValueError("pass reward_fn or goal, not both")
         if self.goal is None and self.goal_weight is not None:
             raise ValueError("goal_weight weighs the distance from a goal: pass goal too")
-        if not self.penalty >= 0:
-            raise ValueError(f"penalty must be at least 0, got {self.penalty}")
+        for name, given in (("goal", self.goal), ("goal_weight", self.goal_weight)):
+            if given is not None and not (isinstance(given, Tensor) and given.isfinite().all()):
+                raise ValueError(f"{name} must be a tensor of finite numbers, got {given}")
+        if self.goal_weight is not None and (self.goal_weight < 0).any():
+            raise ValueError(f"goal_weight must be at least 0, got {self.goal_weight}")
+        if not 0 <= self.penalty < inf:
+            raise ValueError(f"penalty must be finite and at least 0, got {self.penalty}")
+        if self.cost_limit is not None and not isfinite(self.cost_limit):
+            raise ValueError(f"cost_limit must be finite, got {self.cost_limit}")
         if (self.cost_fn is None) != (self.cost_limit is None and self.penalty == 0):
             raise ValueError("a cost_fn needs a cost_limit, a penalty, or both, and they need a cost_fn")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,10 +21,12 @@ _APART = 0x5EED  # so that the policy's noise isn't the planner's
 
 @dataclass(frozen=True)
 class Proposed:
-    """A planner whose every search begins around what ``policy`` does in the dream, and never ends with less.
+    """A planner whose every search begins around what ``policy`` does in the dream.
 
     Of the candidates, ``proposals`` are of the policy acting with noise, as TD-MPC's are (arXiv 2203.04955), and what
-    was planned before is one too; the planner draws the others around what the policy does without noise.
+    was planned before is one too (as many of them as the planner dreams at once); the planner draws the others around
+    what the policy does without noise. So no plan is worse than the policy's own, but MPPI's average may be. Where the
+    planner repeats actions, so does the policy.
     """
 
     planner: SearchPlanner
@@ -49,14 +52,18 @@ class Proposed:
         """See ``Planner.plan``. Raises ValueError without ``obs``."""
         if obs is None:
             raise ValueError("a policy proposes from what it sees: pass the present observations as obs [B,O]")
-        planner, horizon = self.planner, self.planner.horizon * self.planner.chunk
-        search, n = Search(dynamics, state, (horizon, 1), seed=torch.as_tensor(seed) ^ _APART), 1 + self.proposals
+        begun, planner, n = time.perf_counter(), self.planner, 1 + self.proposals
+        search = Search(dynamics, state, (planner.horizon * planner.chunk, 1), seed=torch.as_tensor(seed) ^ _APART)
         low, high = bounds(dynamics.spec, device_of(state))
         noise = self.std * (high - low) / 2 * search.normal(n)  # [B,1+P,H*K,1,A]
         noise[:, 0] = 0
-        dream, seen, actions = state.expand(n), obs.repeat_interleave(n, 0), []
-        for step in noise.flatten(0, 1).unbind(1):
-            actions.append((self.policy(seen)[:, None] + step).clamp(low, high))
+        dream, seen = state.expand(n), obs.repeat_interleave(n, 0)
+        actions: list[Tensor] = []
+        for number, step in enumerate(noise.flatten(0, 1).unbind(1)):
+            if number % planner.chunk and planner.repeat:
+                actions.append(actions[-1])
+            else:
+                actions.append((self._acted(seen, len(low))[:, None] + step).clamp(low, high))
             dream, imagined = dynamics.imagine(dream, actions[-1], decode=True)
             if imagined.obs is None:
                 raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
@@ -70,4 +77,11 @@ class Proposed:
         elites = [] if warm is None or warm.elites is None else [warm.elites]
         elites += [last[:, None], proposed[:, 1:]]
         start = Plan(proposed[:, 0], obs.new_full((len(obs),), -torch.inf), torch.cat(elites, 1))
-        return planner.plan(dynamics, state, warm=start, seed=seed, obs=obs, objective=objective, keep=keep)
+        plan = planner.plan(dynamics, state, warm=start, seed=seed, obs=obs, objective=objective, keep=keep)
+        return plan._replace(evaluations=plan.evaluations + n, seconds=time.perf_counter() - begun)
+
+    def _acted(self, seen: Tensor, size: int) -> Tensor:
+        action = self.policy(seen)
+        if action.shape != (len(seen), size):
+            raise ValueError(f"policy must give [R,A] = {[len(seen), size]} for obs [R,O], got {list(action.shape)}")
+        return action

@@ -12,7 +12,7 @@ from planners.objective import Objective
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-COST = "cost"
+COST = "doubt.cost"
 """A state's tensor [B,K]: what the steps of its last chunk cost beside their reward, in dynamics that have such
 (``planners.Cautious``)."""
 
@@ -84,11 +84,13 @@ def score(
     if goal is not None:
         if goal.shape not in (expected, expected[1:]):
             raise ValueError(f"goal must be {list(expected[1:])} or {list(expected)}, got {list(goal.shape)}")
+        if objective.goal_weight is not None and objective.goal_weight.shape != expected[1:]:
+            raise ValueError(f"goal_weight must be {list(expected[1:])}, got {list(objective.goal_weight.shape)}")
         goal = goal.to(candidates).expand(expected)
 
     n, most = candidates.shape[1], MAX_DREAMS
     if candidates.device.type == "cpu":
-        most = min(most, max(1, MAX_BYTES * state.batch // state.nbytes))
+        most = min(most, max(1, MAX_BYTES * state.batch // max(1, state.nbytes)))
     flat = candidates.flatten(0, 1)
     with torch.set_grad_enabled(gradients):
         if len(flat) <= most:
@@ -164,10 +166,11 @@ def _dream(
 
 
 def _like(like: Tensor, name: str, given: Tensor) -> Tensor:
-    """Raises ValueError where a function of the objective gave another shape than it must."""
-    if given.shape != like.shape:
+    """In ``like``'s dtype. Raises ValueError where a function of the objective gave another shape than it must."""
+    if not isinstance(given, Tensor) or given.shape != like.shape:
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
-            f"{name} must drop the last dimension of its arguments: expected shape {list(like.shape)}, got "
-            f"{list(given.shape)}"
+            f"{name} must drop the last dimension of its arguments: expected a tensor of shape {list(like.shape)}, got "
+            f"{got}"
         )
-    return given
+    return given.to(like.dtype)

@@ -48,7 +48,7 @@ class Search:
         if warm is None:
             self.mean = ((low + high) / 2).expand(whole)  # [B,H,K,A], to search around
         elif warm.actions.shape == whole:
-            self.mean = warm.actions
+            self.mean = warm.actions.to(low)
             if not ((self.mean >= low) & (self.mean <= high)).all():
                 raise ValueError(
                     f"warm.actions must lie within {dynamics.spec.action_space}, got {self.mean.min()} to "
@@ -58,13 +58,13 @@ class Search:
             raise ValueError(f"warm.actions must be [B,H,K,A] = {list(whole)}, got {list(warm.actions.shape)}")
         self.known = self.mean[:, None][:, :0]  # [B,E,H,K,A], candidates that were brought along; NaN: unknown
         if warm is not None and (elites := warm.elites) is not None:
-            outside = (elites < low) | (elites > high)
-            if elites.ndim != 5 or (elites.shape[0], *elites.shape[2:]) != whole or outside.any():
+            fits = elites.ndim == 5 and (elites.shape[0], *elites.shape[2:]) == whole
+            if not fits or ((elites < low) | (elites > high)).any():
                 raise ValueError(
                     f"warm.elites must be [B,E,H,K,A] with {list(whole)} but for E, within "
                     f"{dynamics.spec.action_space} or NaN, got {list(elites.shape)}"
                 )
-            self.known = elites
+            self.known = elites.to(low)
         if repeat:
             self.mean, self.known = self.mean[..., :1, :], self.known[..., :1, :]
         seeds = torch.as_tensor(seed)
@@ -118,10 +118,18 @@ class Search:
         return samples[self._row[:, None], order], scored.value.gather(1, order)
 
     def chosen(self, actions: Tensor) -> Plan:
-        """The plan to play actions [B,H,K,A], dreamed once more for what it earns."""
-        scored = self.score(actions[:, None])
-        violation = None if scored.violation is None else scored.violation[:, 0]
-        return Plan(self._played(actions), scored.value[:, 0], violation=violation)
+        """The plan to play actions [B,H,K,A], dreamed once more for what it earns.
+
+        In rows where that isn't finite, or exceeds the limits by more than the best that was dreamed, that best one.
+        """
+        scored, best = self.score(actions[:, None]), self.best
+        value, violation = scored.value[:, 0], None
+        lost = ~value.isfinite()
+        if scored.violation is not None and best.violation is not None:
+            lost |= scored.violation[:, 0] > best.violation
+            violation = torch.where(lost, best.violation, scored.violation[:, 0])
+        actions = torch.where(lost[:, None, None, None], best.actions, self._played(actions))
+        return Plan(actions, torch.where(lost, best.value, value), violation=violation)
 
     def ended(self, plan: Plan) -> Plan:
         """The plan with the story of this search."""
@@ -133,18 +141,18 @@ class Search:
             kept=Kept(torch.cat(candidates, 1), Scored.join(scores, 1)) if self._keep else None,
         )
 
-    def with_known(self, samples: Tensor) -> Tensor:
-        """Samples [B,N,H,K,A] whose last ones are exchanged for the candidates that were brought along, where known."""
-        n = self.known.shape[1]
-        if n >= samples.shape[1]:
-            raise ValueError(f"warm.elites holds {n} for each row, but this planner dreams {samples.shape[1]} at once")
-        if n:
-            samples[:, -n:] = torch.where(self.known.isnan(), samples[:, -n:], self.known)
-        return samples
-
     def around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """Candidates mean + std * noise, [B,N,H,K,A]."""
-        return torch.addcmul(mean[:, None], std[:, None], noise)
+        """Candidates mean + std * noise [B,N,H,K,A], the first without noise; in the first round with what is known."""
+        samples = torch.addcmul(mean[:, None], std[:, None], noise)
+        samples[:, 0] = mean
+        return samples if self._rounds else self.with_known(samples)
+
+    def with_known(self, samples: Tensor) -> Tensor:
+        """Samples [B,N,H,K,A], the last ones, but never the first, exchanged for what was brought along and known."""
+        known = self.known[:, max(0, 1 + self.known.shape[1] - samples.shape[1]) :]
+        if n := known.shape[1]:
+            samples[:, -n:] = torch.where(known.isnan(), samples[:, -n:], known)
+        return samples
 
     def normal(self, n: int) -> Tensor:
         """Standard normal noise [B,n,H,K,A]; row b is drawn from generator b alone."""

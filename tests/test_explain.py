@@ -36,5 +36,10 @@ def test_ends_and_limits_show(tmp_path: Path) -> None:
     scored = explained.plan.kept.scored  # type: ignore[union-attr]
     assert scored.futures.isnan().any() and (scored.violation > 0).any()  # type: ignore[union-attr, operator]
     draw(explained).savefig(tmp_path / "plan.svg")
+    for dims in ([7], [-1], []):
+        with pytest.raises(ValueError, match="dims must be some of 0 to 3"):
+            draw(explained, dims)
+    with pytest.raises(ValueError, match="decision must be at least 0"):
+        explain(env, SimulatorDynamics(env), CEM(1), decision=-1)
     with pytest.raises(ValueError, match=r"ends after \d+ decisions: explain an earlier one than 400"):
         explain(env, SimulatorDynamics(env), CEM(1, candidates=2, elites=2, iterations=1), decision=400)

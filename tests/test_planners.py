@@ -221,6 +221,8 @@ SOME = torch.zeros(2, 3, 4, 1, 2)
         (SOME, {"reward_fn": lambda o, a, n: n}, torch.zeros(2, 2), "reward_fn must drop"),
         (SOME, {"cost_fn": lambda o, a, n: n, "cost_limit": 0.0}, torch.zeros(2, 2), "cost_fn must drop"),
         (SOME, {"value_fn": lambda o: o}, None, "value_fn must drop"),
+        (SOME, {"value_fn": lambda o: 0.0}, None, "got float"),
+        (SOME, {"goal": torch.zeros(2), "goal_weight": torch.ones(2, 2)}, torch.zeros(2, 2), "goal_weight must be"),
     ],
 )
 def test_score_names_what_does_not_fit(candidates: Tensor, objective: dict, obs: Any, message: str) -> None:
@@ -234,8 +236,11 @@ def test_score_names_what_does_not_fit(candidates: Tensor, objective: dict, obs:
         ({"discount": 0.0}, "discount must be in"),
         ({"goal": torch.zeros(2), "reward_fn": odd_reward}, "not both"),
         ({"goal_weight": torch.ones(2)}, "pass goal too"),
-        ({"penalty": -1.0}, "penalty must be at least 0"),
+        ({"penalty": -1.0}, "penalty must be finite"),
         ({"penalty": 1.0}, "need a cost_fn"),
+        ({"goal": torch.tensor([0.0, torch.nan])}, "goal must be a tensor of finite numbers"),
+        ({"goal": torch.zeros(2), "goal_weight": torch.tensor([-1.0, 0.0])}, "goal_weight must be at least 0"),
+        ({"cost_fn": odd_reward, "cost_limit": math.nan}, "cost_limit must be finite"),
         ({"cost_limit": 1.0}, "need a cost_fn"),
         ({"cost_fn": odd_reward}, "a cost_fn needs"),
     ],
@@ -267,9 +272,43 @@ def test_what_a_critic_a_goal_and_a_cost_add_up_to() -> None:
     each = torch.tensor([[0.5], [0.0]])  # each row its own
     assert value(goal=each, goal_weight=torch.tensor([4.0])) == pytest.approx([-0.6, -2.0])
     assert value(cost_fn=first, penalty=2.0) == pytest.approx([-3.6, -3.0])
-    limited = score(toy, state, up, Objective(cost_fn=first, cost_limit=1.1), obs=x)
-    assert limited.value[:, 0].tolist() == pytest.approx([-1.2, -1.0])
+    assert value(goal=torch.tensor([0.5]), value_fn=lambda o: o[:, 0]) == pytest.approx([-0.3, -1.0 + 0.4])
+    limited = score(toy, state, up, Objective(cost_fn=first, cost_limit=1.1, discount=0.5), obs=x)  # costs aren't
+    assert limited.value[:, 0].tolist() == pytest.approx([-0.3 - 0.4 / 2 - 0.5 / 4, -0.1 - 0.2 / 2 - 0.3 / 4 - 0.4 / 8])
     assert limited.violation is not None and limited.violation[:, 0].tolist() == pytest.approx([0.1, 0.0], abs=1e-6)
+
+
+def test_what_is_lost_comes_after_what_breaks_limits() -> None:
+    """Of three plans one earns NaN and costs nothing, one costs NaN, one exceeds the limit: that is the best."""
+    toy, x = NoGo(limit=0.5), torch.tensor([[0.0]])
+
+    def cost(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        return torch.where(action[..., 0] < -0.5, torch.nan, (action[..., 0] == 0).float())
+
+    plans = torch.tensor([0.9, -0.9, 0.0]).view(1, 3, 1, 1, 1)
+    scored = score(toy, toy.start(x), plans, Objective(cost_fn=cost, cost_limit=0.0), obs=x)
+    assert scored.value.tolist() == [[-math.inf, -math.inf, 0.0]]
+    assert scored.violation is not None and scored.violation.tolist() == [[math.inf, math.inf, 1.0]]
+    assert scored.best(1).item() == 2
+
+
+def test_futures_end_where_the_episode_does() -> None:
+    toy, x = PointMass(1, wall=0.45), torch.tensor([[0.2], [0.0]])
+    futures = score(toy, toy.start(x), torch.ones(2, 1, 2, 2, 1), futures=True).futures
+    assert futures is not None
+    torch.testing.assert_close(
+        futures[:, 0, :, 0], torch.tensor([[0.3, 0.4, 0.5, torch.nan], [0.1, 0.2, 0.3, 0.4]]), equal_nan=True
+    )
+
+
+def test_rewards_of_any_dtype() -> None:
+    toy, x = PointMass(2), POINT_STARTS
+    for reward in (lambda o, a, n: n[..., 0] < 0.3, lambda o, a, n: -n.double().norm(dim=-1)):
+        for planner in SMALL[:4]:
+            plan = planner.plan(toy, toy.start(x), obs=x, objective=Objective(reward_fn=reward, discount=0.9))
+            assert plan.value.dtype == plan.actions.dtype == torch.float32
+    plan = CEM(3).plan(toy, toy.start(x), warm=Plan(torch.zeros(2, 3, 1, 2, dtype=torch.float64), torch.zeros(2)))
+    assert plan.actions.dtype == torch.float32
 
 
 def test_the_best_keep_the_limits_first() -> None:
@@ -402,9 +441,56 @@ def test_icem_goes_on_with_its_elites() -> None:
     assert found.value == 0 and torch.equal(found.actions, known.elites[:, 0])  # type: ignore[index]
     none = ICEM(horizon=2, candidates=10, elites=10, iterations=2, keep=0.0).plan(only, only.initial(1))
     assert none.elites is not None and none.elites.shape[1] == 0
-    for wrong in (torch.zeros(1, 10, 2, 1, 1), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
-        with pytest.raises(ValueError, match=r"warm\.elites (must|holds 10)"):
+    unknown = known._replace(elites=torch.full((1, 3, 2, 1, 1), torch.nan))
+    kept = ICEM(horizon=2, candidates=10, elites=10, iterations=1).plan(only, only.initial(1), warm=unknown, keep=True)
+    assert kept.kept is not None and kept.kept.candidates.isfinite().all()
+    for wrong in (torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
+        with pytest.raises(ValueError, match=r"warm\.elites must"):
             ICEM(horizon=2, candidates=10, elites=10).plan(only, only.initial(1), warm=known._replace(elites=wrong))
+
+
+def test_icem_from_round_to_round() -> None:
+    """Elites stay, the mean keeps a tenth of what it was, fewer are drawn, and noise has a colour."""
+    toy = PointMass(1)
+    planner = ICEM(horizon=20, candidates=400, elites=10, iterations=2, std=0.01, min_std=0.0)
+    kept = planner.plan(toy, toy.start([[0.5]]), keep=True).kept
+    assert kept is not None
+    one, two = kept.candidates[0, :400, :, 0, 0], kept.candidates[0, 400:, :, 0, 0]
+    best = kept.scored.value[0, :400].topk(10).indices
+    assert len(two) == 320 + 3 and torch.equal(two[-3:], one[best[:3]])
+    torch.testing.assert_close(two[0], 0.9 * one[best].mean(0))  # the first mean was 0
+    alike = (one[1:, 1:] * one[1:, :-1]).mean() / one[1:].square().mean()
+    assert alike > 0.8  # white noise has 0
+
+
+def test_mppi_gives_up_an_average_that_is_worse_than_what_it_averaged() -> None:
+    class Hole(ToyDynamics):
+        """Nothing is known between -0.25 and 0.25, where the average of what lies on both sides is."""
+
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.where(u[:, 0].abs() < 0.25, torch.nan, 1 + 0 * u[:, 0])
+
+    toy, planner = Hole(box_spec(1, 1)), MPPI(horizon=1, iterations=1)
+    assert planner.plan(toy, toy.initial(1)).value == 1
+    tight = PointMass(1)
+    limited = Objective(cost_fn=lambda o, a, n: (a[..., 0].abs() < 0.25).float(), cost_limit=0.0)
+    x = torch.zeros(1, 1)
+    plan = planner.plan(tight, tight.start(x), obs=x, objective=limited)
+    assert plan.violation == 0 and plan.actions.abs() >= 0.25
+
+
+def test_gradients_leave_a_bound() -> None:
+    """Which rounding had them pass: 0.8 is not half of a range above a middle, in float32."""
+
+    class Target(ToyDynamics):
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x, -(u + 0.3).square().sum(-1)
+
+    space = spaces.Box(np.array([-1.4], np.float32), np.array([0.8], np.float32))
+    toy = Target(replace(box_spec(1, 1), action_space=space))
+    warm = Plan(torch.full((1, 1, 1, 1), float(space.high[0])), torch.zeros(1))
+    plan = Gradient(1, starts=1, iterations=200).plan(toy, toy.initial(1), warm=warm)
+    assert plan.actions.item() == pytest.approx(-0.3, abs=0.01)
 
 
 def test_gradients_need_dynamics_that_pass_them() -> None:
@@ -414,6 +500,9 @@ def test_gradients_need_dynamics_that_pass_them() -> None:
 
     with pytest.raises(ValueError, match="pass no gradients"):
         Gradient(horizon=2).plan(Blind(1), PointMass(1).start([[0.5]]))
+    critic = torch.nn.Linear(1, 1)  # whose own weights ask for gradients
+    with pytest.raises(ValueError, match="pass no gradients"):
+        Gradient(2).plan(Blind(1), PointMass(1).start([[0.5]]), objective=Objective(value_fn=lambda o: critic(o)[:, 0]))
     toy = PointMass(1)
     plan = Gradient(horizon=2).plan(toy, toy.start([[0.5]]))
     for off in (torch.no_grad(), torch.inference_mode()):  # around the planner gradients may be off
@@ -557,6 +646,8 @@ def test_one_action_for_a_whole_chunk(planner: Any) -> None:
 @each_planner
 def test_a_plan_tells_how_it_was_found(planner: Any) -> None:
     toy = PointMass(2)
+    dreamed = {"CEM": 3 * 32 + 1, "MPPI": 3 * 32 + 1, "ICEM": 32 + 25 + 20 + 2 * 2, "Gradient": 6 * 6}
+    assert planner.plan(toy, toy.start(POINT_STARTS)).evaluations == dreamed.get(type(planner).__name__, 32)
     state = toy.start(POINT_STARTS)
     plan, plain = planner.plan(toy, state, keep=True), planner.plan(toy, state)
     assert torch.equal(plan.actions, plain.actions) and plain.kept is None
@@ -691,6 +782,19 @@ def test_a_row_that_begins_anew_remembers_and_continues_nothing() -> None:
     assert warm.actions[0].any() and not warm.actions[1].any()
 
 
+def test_every_row_and_decision_has_a_seed_of_its_own() -> None:
+    toy, witness = PointMass(1), Witness(SMALL[1])
+    mpc = MPC(toy, witness, seed=3)
+    mpc.reset(2)
+    for _ in range(3):
+        mpc.act(np.array([[0.5], [0.1]]))
+    seeds = torch.stack([call["seed"] for call in witness.calls])
+    assert len(seeds.unique()) == 6
+    alone = Witness(SMALL[1])
+    MPC(toy, alone, seed=4).act(np.array([0.1]))
+    assert alone.calls[0]["seed"].tolist() == [seeds[0, 1]]
+
+
 def test_reset_begins_the_same_decisions_again() -> None:
     toy, x = TinyMLP(), np.ones(3)
     mpc = MPC(toy, SMALL[1], seed=2)
@@ -738,6 +842,10 @@ def test_predict_is_what_stable_baselines_asks_of_a_policy() -> None:
         x = x + 0.1 * actions
     assert mpc.predict(x[0])[0].shape == (2,)  # another number of rows begins anew
     assert mpc.predict(x[:1])[0].shape == (1, 2)
+    decisions = mpc.plan
+    with pytest.raises(ValueError, match="obs must have shape"):
+        mpc.predict(np.zeros((2, 7)))
+    assert mpc.plan is decisions  # a refused call forgets nothing
 
 
 def test_mpc_solves_the_point_mass_from_numpy_with_the_action_space_dtype() -> None:
@@ -811,8 +919,34 @@ def test_a_proposal_is_where_the_search_begins() -> None:
     assert (plan.actions[:, :, 0] - torch.stack(actions, 1)).abs().max() < 0.06
     with pytest.raises(ValueError, match="proposes from what it sees"):
         Proposed(planner, policy).plan(dynamics, state)
-    with pytest.raises(ValueError, match="holds 9 for each row, but this planner dreams 8 at once"):
-        Proposed(planner, policy).plan(dynamics, state, obs=obs)
+    with pytest.raises(ValueError, match=r"policy must give \[R,A\] = \[6, 1\]"):
+        Proposed(planner, lambda seen: seen[:, 0], proposals=2).plan(dynamics, state, obs=obs)
+    many = Proposed(planner, policy).plan(dynamics, state, obs=obs, keep=True)  # more than it dreams at once
+    assert many.evaluations == 9 + 8 + 1 and (many.value >= own.value[:, 0]).all()
+
+
+def test_proposals_are_noisy_in_half_ranges_and_last() -> None:
+    """And a policy holds its action where the planner does."""
+    toy = LQR()  # actions within +-4
+    x = torch.zeros(1, 2)
+    proposed = Proposed(CEM(horizon=8, candidates=600, elites=2, iterations=1), lambda o: 0 * o[:, :1], proposals=500)
+    plan = proposed.plan(toy, toy.start(x), obs=x, keep=True)
+    assert plan.kept is not None
+    assert plan.kept.candidates[0, 100:600].std().item() == pytest.approx(0.1 * 4, rel=0.05)
+    best = torch.full((1, 1, 8, 1, 1), 0.5)
+    warm = Plan(torch.zeros(1, 8, 1, 1), torch.zeros(1), best)
+    again = proposed.plan(toy, toy.start(x), obs=x, warm=warm, keep=True)
+    assert again.kept is not None and (again.kept.candidates[0] == 0.5).flatten(1).all(1).any()
+
+    class Steady(ToyDynamics):
+        """Pays for what the policy says at the first of three steps, played three times."""
+
+        def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, -(u - torch.sin(3 * (x / 3).floor())).abs().sum(-1)
+
+    steady = Steady(box_spec(1, 1))
+    held = Proposed(CEM(2, 3, repeat=True), torch.sin, proposals=3)
+    assert held.plan(steady, steady.start([[0.0]]), obs=torch.zeros(1, 1)).value == 0
 
 
 @pytest.mark.parametrize("kind", [CEM, ICEM, MPPI, RandomShooting, Gradient])
@@ -827,6 +961,8 @@ def test_a_share_of_the_candidates_is_the_policys_and_the_last_plans(kind: Any) 
     planner = Proposed(kind(horizon=4), torch.sin, proposals=3)
     value = planner.plan(toy, toy.start([[0.0], [2.0]]), obs=torch.tensor([[0.0], [2.0]])).value
     assert (value == 0).all() or (kind is MPPI and (value > -0.2).all())  # which gives its average
+    seen = planner.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), keep=True)
+    assert seen.kept is not None and seen.kept.scored.value.max() == 0  # MPPI dreamed it too
     lost = replace(planner, policy=lambda seen: torch.full_like(seen, torch.nan))  # the last plan is still there
     before = Plan(torch.sin(torch.arange(4.0)).view(1, 4, 1, 1), torch.zeros(1))
     plan = lost.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), warm=before)
@@ -885,6 +1021,8 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
     torch.testing.assert_close(earned, expected.sum(1, keepdim=True))
     again = wary.observe(after, torch.tensor([[[0.4]], [[0.4]]]), actions[:, :1])
     torch.testing.assert_close(wary.imagine(again, actions)[1].reward, torch.full((2, 2), 0.4))
+    came = wary.observe(wary.initial(1), torch.tensor([[[0.6], [0.4]]]), torch.zeros(1, 2, 1))  # it ends at the last
+    torch.testing.assert_close(wary.imagine(came, actions[:1])[1].reward, torch.full((1, 2), 0.4))
 
 
 def test_a_penalty_by_distance_asks_each_step_alone() -> None:
