@@ -58,9 +58,9 @@ def _balance(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
 
 
 SETTINGS = {
-    "pendulum": Setting(10, 2),
+    "pendulum": Setting(10, 2, candidates=48),
     "invertedpendulum": Setting(20, 1, std=0.1, candidates=12, objective=Objective(reward_fn=_balance)),
-    "reacher": Setting(5, 4, std=0.12),
+    "reacher": Setting(5, 4, std=0.12, candidates=48),
     "pusher": Setting(15, 2, std=0.2, candidates=48),
     "swingup": Setting(15, 2, candidates=48),
 }
