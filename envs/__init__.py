@@ -1,5 +1,12 @@
 """The real simulators: made, chunked, saved and restored, and offered to planners as the truth."""
 
+from contextlib import suppress
+
+# Before anything is drawn: where Mesa draws in software, its LLVM and Triton's don't get on, and a process that loads
+# Triton second, as torch does for its first optimizer, dies of it.
+with suppress(ImportError):
+    import triton  # noqa: F401
+
 from .chunked import ChunkedActions
 from .embodiments import EMBODIMENTS, Embodiment
 from .experts import Expert

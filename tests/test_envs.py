@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -532,3 +534,21 @@ def test_a_displaced_future_is_near_and_by_zero_the_same(env_id: str) -> None:
             simulator.displaced(state, wrong)
     with pytest.raises(ValueError, match="states of this simulator are"):
         simulator.at(state["simulator"][:, 1:])
+
+
+def test_training_goes_on_after_something_was_drawn() -> None:
+    """Mesa's software renderer and Triton, which torch's first optimizer loads, crashed in this order."""
+    code = (
+        "import torch; from envs import make_real\n"
+        "env = make_real('Reacher-v5', render_mode='rgb_array'); env.reset(seed=0)\n"
+        "try: env.render()\n"
+        "except Exception: print('nothing to draw with')\n"
+        "torch.optim.Adam(torch.nn.Linear(2, 2).parameters()); print('trains')"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "egl"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
+    )
+    if "nothing to draw with" in done.stdout:
+        pytest.skip("no EGL here")
+    assert done.returncode == 0 and "trains" in done.stdout, done.stderr[-500:]
