@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ from test_delta import NAMES, everything, inputs
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 pytest.importorskip("triton", exc_type=ImportError)
 
 from world_model.delta import delta, delta_chunked, delta_recurrent  # noqa: E402
