@@ -25,7 +25,10 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is planned, chosen on the true simulator, on starts other than those of ``planners``."""
+    """How a task is planned, chosen on starts other than those of ``planners``.
+
+    On the true simulator, but for InvertedPendulum, chosen in the dream, and Pusher, chosen on both.
+    """
 
     horizon: int  # H, chunks
     chunk: int  # K, steps that are played before it is planned again

@@ -42,7 +42,7 @@ def explain(
         raise ValueError(f"decision must be at least 0, the episode's first, got {decision}")
     env: Any = make_real(env_id)
     mpc = MPC(dynamics, planner, objective, seed=seed)
-    now, seen, over = flatten(env.observation_space, env.reset(seed=seed)[0]), None, False
+    now, seen = flatten(env.observation_space, env.reset(seed=seed)[0]), None
 
     def play(actions: NDArray[Any]) -> tuple[NDArray[Any], bool]:
         frames, ended = [], False

@@ -56,8 +56,7 @@ class Gradient(SearchPlanner):
                 raise ValueError(
                     "these dynamics, or this objective, pass no gradients on to the actions: use a planner that samples"
                 )
-            place.grad = found
-            place.grad.nan_to_num_(0.0, 0.0, 0.0)  # a dream that was lost points nowhere
+            place.grad = found.nan_to_num(0.0, 0.0, 0.0)  # a dream that was lost points nowhere
             adam.step()
             with torch.no_grad():
                 place.clamp_(-1, 1)
