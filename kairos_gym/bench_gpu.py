@@ -14,7 +14,7 @@ from kairos_gym.report import machine
 from world_model.model import WorldModel
 
 DREAMS = (1, 16, 256, 1024, 4096, 16_384)
-FORMS = {"torch": ("torch", False), "triton": ("auto", False), "graph": ("native", False), "bf16": ("native", True)}
+FORMS = {"torch": ("torch", False), "triton": ("eager", False), "graph": ("auto", False), "bf16": ("auto", True)}
 ROUNDS = 7
 
 

@@ -287,7 +287,7 @@ def test_torch_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAIROS_KERNELS", "torch")
     assert fused(model, state) is None
     monkeypatch.setenv("KAIROS_KERNELS", "fast")
-    with pytest.raises(ValueError, match="KAIROS_KERNELS must be one of auto, torch, native, got 'fast'"):
+    with pytest.raises(ValueError, match="KAIROS_KERNELS must be one of auto, torch, native, eager, got 'fast'"):
         fused(model, state)
 
 

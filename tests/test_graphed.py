@@ -216,7 +216,7 @@ def long_dream(model: WorldModel) -> tuple[LatentState, list[Imagined]]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Graphs are on, and may be turned off."""
-    monkeypatch.setenv("KAIROS_KERNELS", "native")
+    monkeypatch.delenv("KAIROS_KERNELS", raising=False)
     return monkeypatch
 
 
@@ -225,7 +225,7 @@ def plain(
 ) -> tuple[LatentState, Imagined]:
     """The same without a graph."""
     with patch.context() as inner:
-        inner.setenv("KAIROS_KERNELS", "auto")
+        inner.setenv("KAIROS_KERNELS", "eager")
         return model.imagine(state, actions, **how)
 
 
@@ -323,7 +323,7 @@ def test_who_needs_each_kernel_has_it(gpu: pytest.MonkeyPatch) -> None:
     assert graphed(model, state, actions.clone().requires_grad_()) is None
     assert graphed(model, state.replace(obs=state["obs"].double()), actions) is None
     assert graphed(model, to(state, "cpu"), actions) is None
-    for choice in ("auto", "torch"):
+    for choice in ("eager", "torch"):
         gpu.setenv("KAIROS_KERNELS", choice)
         assert graphed(model, state, actions) is None
 

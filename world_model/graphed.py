@@ -1,4 +1,4 @@
-"""A whole imagine on a GPU as one CUDA graph: no GPU has run it yet, so only ``KAIROS_KERNELS=native`` takes it."""
+"""A whole imagine on a GPU as one CUDA graph, since to launch its kernels takes longer than to run them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _failed: list[Any] = []  # captures that broke off: torch's allocator goes on as
 def graphed(model: Any, state: LatentState, actions: Tensor) -> Graphs | None:
     """The graphs of a model's imagine; None where each kernel has to be launched.
 
-    That is unless ``KAIROS_KERNELS=native``, where weights aren't frozen or somebody wants a gradient, for a state that
-    isn't this model's, under torch.compile, forward-mode AD and torch.func's transforms, and once a capture has failed.
+    That is with ``KAIROS_KERNELS=eager`` or ``torch``, where weights aren't frozen or somebody wants a gradient, for a
+    state that isn't this model's, under torch.compile, forward-mode AD and torch.func's transforms, and once a capture
+    has failed.
     Weights may be written in place. Other settings of torch, such as TF32, stay as they were when a graph was captured,
     until a ``forget``.
     """
-    if not actions.is_cuda or _failed or torch.compiler.is_compiling() or wanted() != "native" or transformed():
+    if not actions.is_cuda or _failed or torch.compiler.is_compiling() or transformed():
         return None
-    if recorded(actions, *state.tensors.values()):
+    if wanted() in ("eager", "torch") or recorded(actions, *state.tensors.values()):
         return None
     form = made.get(model)
     if not isinstance(form, Graphs) or form.stale(model):

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 FOLDER = Path(__file__).with_name("cpp")
-CHOICES = ("auto", "torch", "native")
+CHOICES = ("auto", "torch", "native", "eager")
 
 
 class NotHere(RuntimeError):
@@ -31,9 +31,10 @@ class NotHere(RuntimeError):
 
 
 def wanted() -> str:
-    """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", or "native" (or an error).
+    """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", "native" (or an error), or
+    "eager" (as "auto", but a GPU launches each kernel and replays no graph).
 
-    Only "native" dreams by CUDA graphs: no GPU has replayed one yet. Raises ValueError for another word.
+    Raises ValueError for another word.
     """
     choice = os.environ.get("KAIROS_KERNELS") or "auto"
     if choice not in CHOICES:
