@@ -36,7 +36,7 @@ def is_plain(imagined: Imagined, inner: Inner | None) -> bool:
     inner: ``imagined`` in numpy where that costs no copy, which is faster on little.
     """
     if inner is None:
-        size = sum(x.square().sum() for x in imagined[:2] if x is not None)
+        size = sum(x.detach().square().sum() for x in imagined[:2] if x is not None)
         return math.isfinite(size) and not bool(imagined.terminated.any())
     obs, reward, ends = inner
     norm = np.vdot(reward, reward) if obs is None else np.vdot(reward, reward) + np.vdot(obs, obs)

@@ -60,7 +60,7 @@ class LatentState:
 
     def put(self, rows: Tensor, other: LatentState) -> LatentState:
         """The dreams at ``rows``, int64 [R], each once, exchanged for the R dreams of ``other``."""
-        return LatentState({name: t.index_copy(0, rows, other[name]) for name, t in self.tensors.items()})
+        return LatentState({name: t.index_copy(0, rows.to(t.device), other[name]) for name, t in self.tensors.items()})
 
     def detach(self) -> LatentState:
         """The same state without the gradient that led to it."""
