@@ -132,19 +132,31 @@ def _mean(row: dict[str, Any] | None) -> Cell:
 
 
 def together(
-    model: str = "reacher", batch: int = 64, sizes: tuple[int, ...] = (4, 16, 64, 400), rounds: int = 5
+    model: str = "reacher",
+    batch: int = 64,
+    sizes: tuple[int, ...] = (4, 16, 64, 400),
+    rounds: int = 5,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """CPU time to plan for ``batch`` environments in one call, over that of as many calls for one each.
+    """Time to plan for ``batch`` environments in one call, over that of as many calls for one each.
 
     CEM with 3 rounds of each size, H=5 chunks of K=4 steps, by turns; ``KAIROS_KERNELS=torch`` measures plain torch.
+    CPU time, or, with ``device="cuda"``, the time until the GPU has done it.
     """
-    world = load(model)
+    world = load(model).to(device)
     assert world.starts is not None
-    obs = world.starts.obs[torch.arange(batch) % len(world.starts.obs), :1]
+    obs = world.starts.obs[torch.arange(batch) % len(world.starts.obs), :1].to(device)
     seeds = torch.arange(batch)
     state = world.observe(world.initial(batch, seeds), obs)
-    one = [state.select(torch.tensor([b])) for b in range(batch)]
+    one = [state.select(torch.tensor([b], device=device)) for b in range(batch)]
     rows: list[dict[str, Any]] = []
+
+    def now() -> float:
+        if device == "cpu":
+            return time.thread_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     for size in sizes:
         planner = CEM(5, 4, candidates=size, elites=max(2, size // 8), iterations=ROUNDS)
 
@@ -158,12 +170,13 @@ def together(
         took: dict[Any, list[float]] = {at_once: [], one_by_one: []}
         for _ in range(rounds):
             for job, times in took.items():
-                begun = time.thread_time()
+                begun = now()
                 job()
-                times.append(time.thread_time() - begun)
+                times.append(now() - begun)
         whole, single = (median(times) for times in took.values())
         rows.append(
             {"candidates": size, "together_ms": 1000 * whole, "one_by_one_ms": 1000 * single, "share": whole / single}
         )
     print(as_text(list(rows[0]), [list(row.values()) for row in rows]))
-    return {"bench": "together", "model": model, "batch": batch, "machine": machine(), "rows": rows}
+    about = {"bench": "together", "model": model, "batch": batch, "device": device, "machine": machine()}
+    return about | {"rows": rows}

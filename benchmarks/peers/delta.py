@@ -8,11 +8,12 @@ From the root of the repository (torch 2.13.0's build for CUDA where there is a 
     OMP_NUM_THREADS=1 PYTHONPATH=. /tmp/fla/bin/python benchmarks/peers/delta.py
 
 Unit keys, d = 32, float32, a memory to begin with, and the memory wanted afterwards. Each has its tensors in the layout
-that it likes, and both must come to the same answers, memories and gradients before anything is timed. On a GPU from 8
-to 8,192 heads and 1 to 8,192 keys: "forward" without gradients, where flash-linear-attention has a kernel for streaming
-and one that works by chunks, of which the faster counts, and "both" ways by its chunks. On a CPU it has references
-alone, which say what they compute rather than to be fast: the faster of the two counts too. Median of several turns,
-by events on a GPU, by the thread's CPU time on a CPU.
+that it likes, and both must come near to what torch computes in float64, answers, memories and gradients, before
+anything is timed; how near is told, since on a GPU flash-linear-attention multiplies in TF32. There from 8 to 8,192
+heads and 1 to 8,192 keys: "forward" without gradients, where flash-linear-attention has a kernel for streaming and one
+that works by chunks, of which the faster counts, and "both" ways by its chunks. On a CPU it has references alone, which
+say what they compute rather than to be fast: the faster of the two counts too. Median of several turns, by events on a
+GPU, by the thread's CPU time on a CPU. Beside them plain torch, which goes by chunks of 64 keys.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ warnings.filterwarnings("ignore")  # that there is no GPU is said below
 
 from fla.ops.gated_delta_rule import naive  # noqa: E402
 
-from world_model.delta import delta  # noqa: E402
+from world_model.delta import delta, delta_chunked  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 D = 32
 Form = Callable[..., tuple[Tensor, Tensor]]
+refused: set[str] = set()  # why flash-linear-attention did not do some rows
 
 
 def peers(keys: int) -> dict[str, tuple[Form, tuple[str, ...]]]:
@@ -68,9 +70,9 @@ def inputs(batch: int, heads: int, keys: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
 
 
-def ours(have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+def ours(form: Form, have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
     leaves = [x.clone().requires_grad_() for x in have.values()]
-    return partial(delta, *leaves), leaves
+    return partial(form, *leaves), leaves
 
 
 def theirs(form: Form, have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
@@ -94,11 +96,15 @@ def job(run: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor], part: st
     return forward if part == "forward" else both
 
 
-def check(mine: list[Tensor], others: list[Tensor]) -> None:
-    """The same in the two layouts: outputs and memory, then what the six tensors gain."""
-    for i, (a, b) in enumerate(zip(mine, others, strict=True)):
-        b = b.mT if i in (1, 7) else b.transpose(1, 2)
-        torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=2e-3)
+def off(truth: list[Tensor], others: list[Tensor], turned: bool) -> float:
+    """The largest relative error among outputs, memory and the six gradients; ``turned``: in the peers' layout."""
+    errors = []
+    for i, (a, b) in enumerate(zip(truth, others, strict=True)):
+        if turned:
+            b = b.mT if i in (1, 7) else b.transpose(1, 2)
+        errors.append(float((b[: len(a)] - a).norm() / a.norm()))
+    assert all(error < 0.05 for error in errors), errors
+    return max(errors)
 
 
 def seconds(jobs: dict[str, Callable[[], list[Tensor]]], turns: int = 9) -> dict[str, float]:
@@ -131,22 +137,36 @@ def timed(run: Callable[[], list[Tensor]], often: int) -> float:
 
 def row(batch: int, heads: int, keys: int, part: str) -> None:
     have = inputs(batch, heads, keys)
-    jobs = {"ours": job(*ours(have), part)}
-    jobs |= {name: job(*theirs(form, have), part) for name, (form, parts) in peers(keys).items() if part in parts}
-    for name in set(jobs) - {"ours"}:
-        check(jobs["ours"](), jobs[name]())
-    times = seconds(jobs)
-    best = min((name for name in times if name != "ours"), key=times.__getitem__)
-    mine, other = (times[name] * 1e9 / (batch * heads * keys) for name in ("ours", best))
-    cells = (part, batch * heads, keys, f"{mine:.4g}", f"{other:.4g} ({best})", f"{other / mine:.2f}x")
+    jobs = {name: job(*ours(form, have), part) for name, form in (("ours", delta), ("torch", delta_chunked))}
+    truth = job(*ours(delta_chunked, {name: x[:2].double() for name, x in have.items()}), part)()
+    errors = {name: off(truth, run(), turned=False) for name, run in jobs.items()}
+    for name, (form, parts) in peers(keys).items():
+        if part in parts:
+            run = job(*theirs(form, have), part)
+            try:
+                errors[name] = off(truth, run(), turned=True)
+            except RuntimeError as error:  # on some GPUs it refuses some versions of Triton
+                refused.add(str(error))
+            else:
+                jobs[name] = run
+    ns = {name: t * 1e9 / (batch * heads * keys) for name, t in seconds(jobs).items()}
+    cells = [part, batch * heads, keys, f"{ns['ours']:.4g}", f"{ns['torch']:.4g}"]
+    found = [name for name in ns if name not in ("ours", "torch")]
+    if found:
+        best = min(found, key=ns.__getitem__)
+        cells += [f"{ns[best]:.4g} ({best})", f"{ns[best] / ns['ours']:.2f}x", f"{errors['ours']:.0e}"]
+        cells.append(f"{errors[best]:.0e}")
+    else:
+        cells += ["-", "-", f"{errors['ours']:.0e}", "-"]
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
     where = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, no GPU"
     print(f"{where}; torch {torch.__version__}, fla-core {version('fla-core')}; {date.today()}\n")
-    print("| | heads | keys | ours, ns a key and head | flash-linear-attention | ours is faster by |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = ["", "heads", "keys", "ours, ns a key and head", "torch", "flash-linear-attention", "ours is faster by"]
+    columns += ["ours is off by", "theirs"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     sizes = [(h, t) for h in (8, 64, 512, 8192) for t in (1, 4, 16, 64, 256, 1024, 8192) if h * t <= 1 << 23]
     if not GPU:
         sizes = [(h, t) for h in (8, 256) for t in (1, 16, 64, 256)]
@@ -154,6 +174,7 @@ def main() -> None:
         for part in ("forward", "both"):
             if part == "forward" or keys >= 64:
                 row(max(1, heads // 4), min(heads, 4), keys, part)
+    print(*refused, sep="\n")
 
 
 if __name__ == "__main__":
