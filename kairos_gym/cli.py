@@ -12,6 +12,8 @@ import tyro
 from gymnasium.error import Error as GymnasiumError
 from tyro.conf import Positional, arg
 
+from kairos_gym.loop_config import LoopConfig
+
 if TYPE_CHECKING:
     from planners import Planner
     from world_model.model import WorldModel
@@ -199,6 +201,86 @@ def explain(
     print(out)
 
 
+def learn(
+    model: Model,
+    out: Folder,
+    env: str | None = None,
+    algorithm: Literal["sac", "td3", "ppo"] = "sac",
+    steps: int = 100_000,
+    dreams: int = 64,
+    max_error: float | None = None,
+    penalty: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Learn a policy in a model's dream, judged in the real simulator as it learns (kairos_gym.learn.learn).
+
+    A call that was stopped goes on with the same command, from the last of the ten times that it was judged.
+
+    Args:
+        model: a shipped model's name, a folder or a hub id
+        out: the folder for the policies, what they earned, and TensorBoard's logs
+        env: the simulator that judges, instead of the one that the model was trained on
+        algorithm: Stable-Baselines3's soft actor-critic, TD3 or PPO
+        steps: of single dreams, in all
+        dreams: how many dreams go on side by side
+        max_error: cut a dream short where it may be wrong by more than this, with a confidence of 0.9
+        penalty: what steps far from the training data cost, in standard deviations of the reward
+        seed: of everything drawn at random
+    """
+    from kairos_gym.learn import learn
+
+    learn(
+        model,
+        out,
+        env_id=env,
+        algorithm=algorithm,
+        steps=steps,
+        dreams=dreams,
+        max_error=max_error,
+        penalty=penalty,
+        seed=seed,
+    )
+    _print_judged(out)
+
+
+def loop(
+    env_id: Simulator,
+    out: Folder,
+    samples: int = LoopConfig.samples,
+    round_steps: int = LoopConfig.round_steps,
+    target: float | None = None,
+    max_error: float | None = LoopConfig.max_error,
+    penalty: float = LoopConfig.penalty,
+    seed: int = 0,
+) -> None:
+    """Learn a policy from few real steps: play, train the world model, train the policy in it, again (kairos_gym.loop).
+
+    A call that was stopped goes on with the same command.
+
+    Args:
+        env_id: the simulator, such as Pendulum-v1
+        out: the folder for the policies, the models, the data, what was earned, and TensorBoard's logs
+        samples: real steps in all
+        round_steps: real steps between two trainings
+        target: stop when the mean real return of ten episodes reaches it
+        max_error: a dream ends where its error may be larger; None: where it is 32 steps long
+        penalty: what steps that the model knows little of cost, in standard deviations of the reward
+        seed: of everything drawn at random
+    """
+    from kairos_gym.loop import loop
+
+    config = LoopConfig(
+        samples=samples,
+        round_steps=round_steps,
+        target=target,
+        max_error=max_error,
+        penalty=penalty,
+        seed=seed,
+    )
+    loop(env_id, out, config)
+    _print_judged(out)
+
+
 def score(
     model: Model,
     dataset_id: Dataset,
@@ -341,7 +423,9 @@ def bench() -> None:
     """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
 
 
-COMMANDS = {f.__name__: f for f in (collect, train, score, calibrate, compare, plan, explain, demo, info, bench)}
+COMMANDS = {
+    f.__name__: f for f in (collect, train, learn, loop, score, calibrate, compare, plan, explain, demo, info, bench)
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -398,6 +482,22 @@ def _method(name: Method, horizon: int, chunk: int, candidates: int, std: float)
         raise ValueError(f"{name} needs at least 2 candidates, got {candidates}")
     kind, elites = CEM if name == "cem" else ICEM, max(2, candidates // 10)
     return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
+
+
+def _print_judged(out: Path) -> None:
+    """What the policies in ``out`` earned, time by time."""
+    import json
+
+    import numpy as np
+
+    from kairos_gym.report import Cell, as_text
+
+    told = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    earned = [[float(np.mean(row[name])) for name in ("imagined", "real")] for row in told]
+    rows: list[list[Cell]] = [[f"{row['steps']:,}", *means] for row, means in zip(told, earned, strict=True)]
+    print(as_text(["steps", "imagined return", "real return"], rows))
+    best = max(real for _, real in earned)
+    print(f"\nThe policy that earned {best:.4g} is {out / 'best.zip'}. Curves: tensorboard --logdir {out / 'logs'}")
 
 
 def _print_errors(table: dict[str, dict[str, float]]) -> None:

@@ -27,6 +27,8 @@ class Cautious:
 
         MPC(Cautious(model, penalty=2.0), CEM())
 
+    and policies learn in it as in any model: ``DreamVecEnv(Cautious(model, penalty=1.0), 64)``.
+
     It is for models that have seen little but what some policies do, whose plans promise more than they earn. In a
     model of random actions, which go everywhere, it mostly costs (``kairos bench caution``).
 
@@ -50,6 +52,21 @@ class Cautious:
     @property
     def spec(self) -> Spec:
         return self.dynamics.spec
+
+    # What a dream env also asks of its model.
+
+    @property
+    def starts(self) -> Any:
+        return getattr(self.dynamics, "starts", None)
+
+    @property
+    def card(self) -> Any:
+        return getattr(self.dynamics, "card", None)
+
+    def fingerprint(self) -> str:
+        """Of the weights, the penalty and its kind."""
+        own: Any = self.dynamics
+        return f"{own.fingerprint()} cautious {self.penalty:g} {self.by}"
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """See ``Dynamics.initial``."""

@@ -65,10 +65,14 @@ def fit(
     train: FitConfig = FitConfig(),
     *,
     out: str | Path,
+    begin: WorldModel | None = None,
     card: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> WorldModel:
     """Train on ``episodes`` -> the trained WorldModel, also saved in the folder ``out``; ``card`` goes onto its card.
+
+    begin: a model of the same config that training goes on from, as where there are more episodes than it was trained
+        on; without it, from scratch.
 
     Everything drawn at random is a function of (seed, step), so the same call gives the same weights on the same
     machine, also when it was killed in between: called again as before it goes on from the last checkpoint in
@@ -76,7 +80,9 @@ def fit(
     holds another recipe's or the data don't fit, FloatingPointError where training diverges.
     """
     _check(config, spec, episodes, train)
-    recipe = _recipe(config, episodes, train)
+    if begin is not None and begin.config != config:
+        raise ValueError(f"training can't go on from a model of another config: {begin.config}, not {config}")
+    recipe = _recipe(config, episodes, train, begin)
     out = Path(out)
     if (out / "model.safetensors").is_file() and not (out / "training.safetensors").is_file():
         model = WorldModel.from_pretrained(out)
@@ -87,6 +93,8 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         model = WorldModel(config, spec)
+    if begin is not None:
+        model.load_state_dict(begin.state_dict())
     model.scaling.measure(episodes)
     model.terminates.copy_(torch.tensor(bool(episodes.terminated.any())))
     run = Run(model, episodes, train, out, recipe)
@@ -143,9 +151,10 @@ def _expect_finite(tensors: dict[str, Tensor], step: int) -> None:
         )
 
 
-def _recipe(config: WorldModelConfig, episodes: Episodes, train: FitConfig) -> str:
+def _recipe(config: WorldModelConfig, episodes: Episodes, train: FitConfig, begin: WorldModel | None) -> str:
     """A short digest of all that decides the weights."""
-    text = json.dumps([asdict(config), asdict(train), episodes.fingerprint()], sort_keys=True)
+    origin = [] if begin is None else [begin.fingerprint()]
+    text = json.dumps([asdict(config), asdict(train), episodes.fingerprint(), *origin], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -92,6 +92,14 @@ class Trust:
         raw = torch.cat([before, actions], -1)
         return (_apart(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
 
+    def moved(self, fingerprint: str, known: Tensor, *, seed: int = 0) -> Trust:
+        """The same rule for another model, which was trained on the steps ``known`` [S,O+A] -> Trust.
+
+        Its quantiles hold for that model as far as it is no worse than the one they were measured with.
+        """
+        some = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:KNOWN]
+        return replace(self, model=_as_bytes(fingerprint), known=(known[some] - self.mean) * self.unit)
+
     @cached_property
     def toward(self) -> Tensor:
         """[O+A,KNOWN], and with ``square`` what the distance from ``known`` is made of."""
@@ -224,13 +232,17 @@ def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(k > counts, torch.inf, found), counts
 
 
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
 def _untaught(fingerprint: str, known: Tensor, error: Tensor, generator: torch.Generator) -> Trust:
     begin = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
     mean, std, inputs = known.mean(0), known.std(0), known.shape[1]
     unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)
     some = torch.randperm(len(known), generator=generator)[:KNOWN]
     return Trust(
-        torch.frombuffer(bytearray(fingerprint.encode()), dtype=torch.uint8),
+        _as_bytes(fingerprint),
         mean,
         unit,
         (known[some] - mean) * unit,

@@ -1,0 +1,84 @@
+"""Learns a policy in a model's dream and judges it in the real simulator as it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kairos_gym.models import load
+from world_model.contract import Dynamics
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from planners.policy import Algorithm
+
+JUDGES = 10  # episodes that say what a policy earns
+
+
+def learn(
+    model: str | Path | Dynamics,
+    out: str | Path,
+    *,
+    env_id: str | None = None,
+    algorithm: Algorithm = "sac",
+    steps: int = 100_000,
+    dreams: int = 64,
+    max_error: float | None = None,
+    penalty: float = 0.0,
+    reward_fn: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> BaseAlgorithm:
+    """Learn a policy in the dream of ``model`` with Stable-Baselines3 -> the algorithm; ``out`` keeps its best policy.
+
+    env_id: the simulator that judges the policy, ten times in all, by 10 episodes; without it, the one that the model
+        was trained on.
+    algorithm: "sac", "td3" or "ppo". settings: its own, over those of ``planners.policy``.
+    steps: of single dreams in all; ``dreams`` go on side by side, in whole episodes from the model's starts.
+    max_error: cuts dreams short where they may be wrong by more, ``penalty`` makes steps far from the training data
+        cost (see ``planners.Cautious``): two guards against a policy that lives on the model's mistakes.
+    reward_fn: as a dream env takes it, in place of the learned reward; for real the simulator's own counts.
+
+    The folder ``out`` is described at ``planners.policy.Record``. A call that was killed goes on where it is repeated
+    from the last of the ten times. Raises ValueError for a wrong argument, for a model without a simulator and for one
+    that wasn't calibrated where a guard needs it.
+    """
+    from kairos_gym.sb3 import DreamVecEnv
+    from planners import Cautious
+    from planners.policy import learn
+
+    if steps < 10 * dreams:
+        raise ValueError(f"steps must be at least {10 * dreams}, ten for each of the {dreams} dreams, got {steps}")
+    world: Any = load(model) if isinstance(model, str | Path) else model
+    env_id = env_id or (getattr(world, "card", None) or {}).get("env")
+    if env_id is None:
+        raise ValueError("the model's card names no simulator: say which one judges (env_id, --env)")
+    guarded = Cautious(world, penalty) if penalty else world
+    venv = DreamVecEnv(guarded, dreams, max_error=max_error, reward_fn=reward_fn)
+    judging = DreamVecEnv(world, JUDGES, reward_fn=reward_fn)
+    real = judges(env_id)
+    venv.seed(seed)
+    return learn(
+        algorithm,
+        venv,
+        real,
+        out,
+        steps=steps,
+        every=max(1, steps // 10),
+        dream=judging,
+        seed=seed,
+        progress=progress,
+        **settings,
+    )
+
+
+def judges(env_id: str) -> VecEnv:
+    """As many real simulators as judge a policy."""
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from envs import make_real
+
+    return DummyVecEnv([lambda: make_real(env_id)] * JUDGES)
