@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from gymnasium.error import Error as GymnasiumError
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from kairos_gym.loop_config import LoopConfig
 
@@ -243,16 +243,7 @@ def learn(
     _print_judged(out)
 
 
-def loop(
-    env_id: Simulator,
-    out: Folder,
-    samples: int = LoopConfig.samples,
-    round_steps: int = LoopConfig.round_steps,
-    target: float | None = None,
-    max_error: float | None = LoopConfig.max_error,
-    penalty: float = LoopConfig.penalty,
-    seed: int = 0,
-) -> None:
+def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPrefixes] = LoopConfig()) -> None:
     """Learn a policy from few real steps: play, train the world model, train the policy in it, again (kairos_gym.loop).
 
     A call that was stopped goes on with the same command.
@@ -260,23 +251,9 @@ def loop(
     Args:
         env_id: the simulator, such as Pendulum-v1
         out: the folder for the policies, the models, the data, what was earned, and TensorBoard's logs
-        samples: real steps in all
-        round_steps: real steps between two trainings
-        target: stop when the mean real return of ten episodes reaches it
-        max_error: a dream ends where its error may be larger; None: where it is 32 steps long
-        penalty: what steps that the model knows little of cost, in standard deviations of the reward
-        seed: of everything drawn at random
     """
     from kairos_gym.loop import loop
 
-    config = LoopConfig(
-        samples=samples,
-        round_steps=round_steps,
-        target=target,
-        max_error=max_error,
-        penalty=penalty,
-        seed=seed,
-    )
     loop(env_id, out, config)
     _print_judged(out)
 

@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
-from kairos_gym.calibrate import doubted
+from kairos_gym.calibrate import LEAST, doubted
 from kairos_gym.collect import collect
 from kairos_gym.learn import JUDGES, judges
 from kairos_gym.loop_config import LoopConfig
@@ -66,7 +66,7 @@ def loop(
     return run.record.rows
 
 
-class Tested(NamedTuple):
+class Measured(NamedTuple):
     """What a round's new episodes said of a model that had not seen them."""
 
     trust: Trust
@@ -105,11 +105,10 @@ class Loop:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are used, or the target is reached."""
-        last, target = self.record.rows[-1:], self.config.target
-        return self.used >= self.config.samples or bool(
-            last and target is not None and np.mean(last[0]["real"]) >= target
-        )
+        """Whether the target is reached, or less than half a round is left."""
+        rows, target = self.record.rows, self.config.target
+        reached = bool(rows) and target is not None and np.mean(rows[-1]["real"]) >= target
+        return reached or 2 * (self.config.samples - self.used) < self.config.round_steps
 
     def round(self) -> dict[str, Any]:
         """Play, test the model on what is new, train it, train the policy, judge."""
@@ -147,8 +146,10 @@ class Loop:
 
     def _gather(self, number: int) -> Episodes:
         """The real episodes of a round: random ones in the first, then the policy's own, its noise included."""
-        first = number == 0
-        want = min(self.config.round_steps * (2 if first else 1), self.config.samples - self.used)
+        first, left = number == 0, self.config.samples - self.used
+        want = self.config.round_steps * (2 if first else 1)
+        if 2 * (left - want) < self.config.round_steps:  # a short rest would say little of the model
+            want = left
         longest = max(CHUNK, want // FIRST_EPISODES) if first else want
         with _minari_in(self.out / "data"):
             dataset = collect(
@@ -161,7 +162,7 @@ class Loop:
                 progress=False,
             )
             episodes = Episodes.from_minari(dataset)
-        return _cut(episodes, self.config.samples - self.used)
+        return _cut(episodes, left)
 
     def _act(self, obs: Any) -> Any:
         return self.policy.predict(obs, deterministic=False)[0]
@@ -180,7 +181,7 @@ class Loop:
         card = {"env": self.env_id, "time_limit": self.limit}
         return fit(shape, self.spec, episodes, recipe, out=out, begin=begin, card=card, progress=False)
 
-    def _test(self, fresh: Episodes, number: int) -> Tested | None:
+    def _test(self, fresh: Episodes, number: int) -> Measured | None:
         """How wrong are dreams of episodes that the model has not seen? None where nobody wants to know."""
         config, model, seen = self.config, self.world, self.episodes
         if config.max_error is None and not config.penalty:
@@ -188,7 +189,8 @@ class Loop:
         if model is None or seen is None:  # the first: train on every other episode and test on the others
             seen, fresh = fresh.pick(lambda e: e % 2 == 0), fresh.pick(lambda e: e % 2 == 1)
             model = self._fit(seen, self.out / "world" / "half", number, None)
-        at = (fresh.left > 0).nonzero()[:, 0][::2]
+        at = (fresh.left > 0).nonzero()[:, 0]
+        at = at[:: 2 if len(at) > 2 * LEAST else 1]
         some = torch.randperm(len(at), generator=torch.Generator().manual_seed(self._seed(number)))
         windows = Windows(fresh, at[some], torch.ones(len(at), dtype=torch.int64), config.horizon)
         dreamed = doubted(model, windows, model.scaling.obs_std)
@@ -205,9 +207,9 @@ class Loop:
         )
         holds = measured.bound(trust, config.confidence) <= (config.max_error or np.inf)
         errors = {f"error_{h}": _quantile(dreamed.error[:, h - 1]) for h in (1, 8) if h <= config.horizon}
-        return Tested(trust, float(holds.cumprod(1).sum(1).float().mean()), errors)
+        return Measured(trust, float(holds.cumprod(1).sum(1).float().mean()), errors)
 
-    def _train(self, number: int, tested: Tested | None) -> WorldModel:
+    def _train(self, number: int, tested: Measured | None) -> WorldModel:
         """The model, trained further on all episodes, with real states to begin dreams at and its trust."""
         episodes, out = self.episodes, self._world_at(number)
         assert episodes is not None
@@ -223,7 +225,7 @@ class Loop:
         model.save_pretrained(out)
         return model
 
-    def _schedule(self, tested: Tested | None) -> tuple[float, float]:
+    def _schedule(self, tested: Measured | None) -> tuple[float, float]:
         """The share of real steps in what the policy learns from, and its updates for each real step."""
         if tested is None or self.config.max_error is None:
             return REAL_SHARE, self.config.updates
@@ -238,7 +240,7 @@ class Loop:
         config = self.config
         model: Any = self.world
         if config.penalty:
-            model = Cautious(model, config.penalty, config.by)
+            model = Cautious(model, config.penalty)
         confidence = None if config.max_error is None else config.confidence
         venv = DreamVecEnv(
             model,

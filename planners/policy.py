@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,7 +97,7 @@ def make(algorithm: Algorithm, venv: Any, *, seed: int = 0, **settings: Any) -> 
     if algorithm != "ppo":
         dreams = getattr(venv, "num_envs", 1)
         own |= {"gradient_steps": max(1, dreams // DREAMS_AN_UPDATE), "learning_starts": 10 * dreams}
-    made = {**own, "policy_kwargs": NETS, "seed": seed, "device": "cpu", **settings}
+    made = {**own, "policy_kwargs": deepcopy(NETS), "seed": seed, "device": "cpu", **settings}
     return ALGORITHMS[algorithm]("MlpPolicy", venv, **made)
 
 

@@ -1,0 +1,102 @@
+"""The self-improving loop: its budget to the step, what trust makes of its schedule, how it goes on, that it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3 import SAC
+
+from kairos_gym.learn import judges
+from kairos_gym.loop import REAL_SHARE, Loop, Measured, _cut, loop
+from kairos_gym.loop_config import LoopConfig
+from planners.policy import judge
+from world_model.episodes import Episodes
+from world_model.model import WorldModel
+
+QUICK: dict[str, Any] = dict(round_steps=50, horizon=8, updates=1, dreams=8, draft_steps=20, memory_steps=2)
+
+
+def walks(lengths: list[int]) -> Episodes:
+    return Episodes.stack(
+        (np.full((n + 1, 1), i), np.zeros((n, 1)), np.arange(n), np.arange(n) == n - 1) for i, n in enumerate(lengths)
+    )
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
+def test_a_cut_holds_that_many_steps(lengths: list[int], data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, sum(lengths)))
+    found = _cut(walks(lengths), steps)
+    kept, left = [], steps
+    for n in lengths:
+        kept += [min(n, left)] if left else []
+        left -= min(n, left)
+    assert (found.left[found.starts()]).tolist() == kept
+    assert (found.index + found.left).tolist() == [n for n in kept for _ in range(n + 1)]
+    assert bool(found.terminated[-1]) == (kept[-1] == lengths[len(kept) - 1]), "an episode that was cut has no end"
+    assert found.obs[:, 0].tolist() == [i for i, n in enumerate(kept) for _ in range(n + 1)]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in found]
+
+
+def test_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop("Pendulum-v1", whole, LoopConfig(samples=210, **QUICK), progress=False)
+    Loop("Pendulum-v1", parts, LoopConfig(samples=210, **QUICK), {}).round()
+    run = Loop("Pendulum-v1", parts, LoopConfig(samples=210, **QUICK), {})
+    assert run.used == 100
+    run.round()
+    loop("Pendulum-v1", parts, LoopConfig(samples=210, **QUICK), progress=False)
+    assert [row["steps"] for row in rows(whole)] == [100, 150, 210], "two rounds, one, and one with the rest"
+    assert rows(parts) == rows(whole)
+    a, b = (SAC.load(out / "last.zip", device="cpu").policy.state_dict() for out in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    world = WorldModel.from_pretrained(parts / "world" / "round-002")
+    assert world.starts is not None and len(world.starts.obs) == 210, "dreams begin at every real state that led on"
+    assert world.trust is not None
+    with pytest.raises(ValueError, match="seed 0, not 3"):
+        loop("Pendulum-v1", parts, LoopConfig(samples=210, seed=3, **QUICK), progress=False)
+
+
+def test_trust_makes_the_schedule(tmp_path: Path) -> None:
+    run = Loop("Pendulum-v1", tmp_path, LoopConfig(updates=10), {})
+    for length, share, updates in ((0.0, 1.0, 1.0), (4.0, 0.2, 5.0), (19.0, 0.05, 10)):
+        assert run._schedule(Measured(None, length, {})) == (share, updates)  # type: ignore[arg-type]
+    free = Loop("Pendulum-v1", tmp_path / "free", LoopConfig(max_error=None, updates=7), {})
+    assert free._schedule(None) == (REAL_SHARE, 7)
+
+
+def test_unguarded_dreams_are_not_measured(tmp_path: Path) -> None:
+    told = loop("Pendulum-v1", tmp_path, LoopConfig(samples=100, max_error=None, **QUICK), progress=False)
+    assert len(told) == 1 and "trusted" not in told[0] and told[0]["real_share"] == REAL_SHARE
+
+
+def test_a_target_stops_it(tmp_path: Path) -> None:
+    config = LoopConfig(samples=1000, target=-1e9, **QUICK)
+    assert len(loop("Pendulum-v1", tmp_path, config, progress=False)) == 1
+    assert len(loop("Pendulum-v1", tmp_path, config, progress=False)) == 1
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    for env_id, match in (("CartPole-v1", "actions"), ("FrozenLake-v1", "observations")):
+        with pytest.raises(ValueError, match=match):
+            loop(env_id, tmp_path / env_id)
+    for name in ("samples", "round_steps", "updates"):
+        with pytest.raises(ValueError, match=name):
+            LoopConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_pendulum_from_400_steps(tmp_path: Path) -> None:
+    loop("Pendulum-v1", tmp_path, LoopConfig(samples=400, round_steps=100), progress=False)
+    earned = judge(SAC.load(tmp_path / "best.zip", device="cpu"), judges("Pendulum-v1"), seed=77).real
+    assert earned.mean() > -250, "doing nothing earns about -1200, the best policies -150"
