@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from kairos_gym.learn import judges
 from kairos_gym.loop import loop
 from kairos_gym.loop_config import LoopConfig
-from kairos_gym.report import machine
+from kairos_gym.report import Cell, as_text, machine
 
 SAMPLES = {"Pendulum-v1": 1000, "InvertedPendulum-v5": 1000, "Reacher-v5": 4000, "HalfCheetah-v5": 4000}  # N
 # What differs from LoopConfig. Half a cheetah touches the ground here and there, so no model of 4,000 steps knows it to
@@ -95,3 +96,60 @@ def _returns(policy: Any, task: str) -> list[float]:
     from planners.policy import judge
 
     return judge(policy, judges(task), seed=FRESH).real.tolist()
+
+
+def learned(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/learning.svg")) -> None:
+    """Print what ``learning`` measured, a line for each task and way, and draw the returns by real steps.
+
+    Each figure is the mean over seeds of the mean return from 10 fresh starts, with the lowest and the highest seed.
+    """
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    for row in kept:  # of a seed that was run twice the last counts
+        if row.get("bench") == "learning":
+            way = row["way"] if row["way"] != "dream" or row["guard"] == "both" else f"dream, guard {row['guard']}"
+            groups.setdefault((row["task"], way, row["samples"]), {})[row["seed"]] = row
+    lines: list[list[Cell]] = []
+    for (task, way, n), seeds in sorted(groups.items()):
+        for name, steps in (("returns", n), (f"returns_{MORE}n", MORE * n)):
+            group = [row for row in seeds.values() if name in row]
+            if group:
+                cpu = np.mean([row[name.replace("returns", "cpu_seconds")] for row in group])
+                gap = [row["rounds"][-1]["imagined"] - row["rounds"][-1]["real"] for row in group if "rounds" in row]
+                promised = f"{np.mean(gap):.4g} ({min(gap):.4g} to {max(gap):.4g})" if gap else ""
+                means = [float(np.mean(row[name])) for row in group]
+                told = f"{np.mean(means):.4g} ({min(means):.4g} to {max(means):.4g})"
+                lines.append([task, way, f"{steps:,}", len(group), told, promised, f"{cpu:.0f}"])
+    columns = ["task", "way", "real steps", "seeds", "real return", "imagined - real at the end", "CPU-s"]
+    print(as_text(columns, lines))
+    _draw(groups, out)
+
+
+def _draw(groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]], out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    shown = {key: seeds for key, seeds in groups.items() if key[1] == "dream" and key[2] == SAMPLES[key[0]]}
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    ordered = sorted(shown.items(), key=lambda item: list(SAMPLES).index(item[0][0]))
+    for axes, ((task, _, n), seeds) in zip(panels, ordered, strict=False):
+        for i, row in enumerate(seeds.values()):
+            steps = [told["steps"] for told in row["rounds"]]
+            for name, colour, style in (("imagined", "#c2410c", ":"), ("real", "#2563a8", "-")):
+                label = f"{name} return" if not i else None
+                values = [told[name] for told in row["rounds"]]
+                axes.plot(steps, values, style, color=colour, linewidth=1.3, label=label)
+        for times, style in ((1, "--"), (MORE, "-")):
+            name = "returns" if times == 1 else f"returns_{MORE}n"
+            peers = [np.mean(row[name]) for row in groups.get((task, "sb3", n), {}).values() if name in row]
+            if peers:
+                label = f"SAC in the simulator, {times if times > 1 else ''}N steps"
+                axes.axhline(float(np.mean(peers)), color="#1c2430", linestyle=style, linewidth=1, label=label)
+        axes.set_title(f"{task}, N = {n:,}", fontsize=9)
+        axes.set_xlabel("real steps", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean return of ten episodes", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=100)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from kairos_gym.models import load
-from world_model.contract import Dynamics
+from world_model.contract import Dynamics, Spec
+from world_model.episodes import Episodes, Starts
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.buffers import ReplayBuffer
     from stable_baselines3.common.vec_env import VecEnv
 
     from planners.policy import Algorithm
@@ -82,3 +86,26 @@ def judges(env_id: str) -> VecEnv:
     from envs import make_real
 
     return DummyVecEnv([lambda: make_real(env_id)] * JUDGES)
+
+
+def started(episodes: Episodes) -> Starts:
+    """Dreams that begin at every real state from which an episode went on."""
+    at = (episodes.left > 0).nonzero()[:, 0]
+    return Starts(episodes.obs[at][:, None], episodes.action[at][:, None])
+
+
+def replay(episodes: Episodes, spec: Spec, policy: Any, reward: Tensor | None = None) -> ReplayBuffer:
+    """All steps of ``episodes`` as Stable-Baselines3's off-policy algorithm ``policy`` learns from them.
+
+    reward: [F] in place of what was earned.
+    """
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    rewards = episodes.reward if reward is None else reward
+    at = (episodes.index > 0).nonzero()[:, 0]
+    found = ReplayBuffer(len(at), spec.observation_space, spec.action_space, device="cpu")
+    for t in at.tolist():
+        obs, after, action = (x[None].numpy() for x in (episodes.obs[t - 1], episodes.obs[t], episodes.action[t]))
+        ended = episodes.terminated[t].numpy()[None]
+        found.add(obs, after, policy.policy.scale_action(action), rewards[t].numpy()[None], ended, [{}])
+    return found

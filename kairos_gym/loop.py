@@ -17,20 +17,18 @@ from gymnasium import spaces
 from tqdm import tqdm
 
 from kairos_gym.calibrate import LEAST, doubted
-from kairos_gym.collect import collect
-from kairos_gym.learn import JUDGES, judges
+from kairos_gym.collect import collect, recorded
+from kairos_gym.learn import JUDGES, judges, replay, started
 from kairos_gym.loop_config import LoopConfig
 from kairos_gym.open_loop import Windows
 from world_model.config import WorldModelConfig
 from world_model.contract import Spec
-from world_model.episodes import Episodes, Starts, spec_of
+from world_model.episodes import Episodes, spec_of
 from world_model.fit import FitConfig, fit
 from world_model.model import WorldModel
 from world_model.trust import Trust, fit_trust
 
 if TYPE_CHECKING:
-    from stable_baselines3.common.buffers import ReplayBuffer
-
     from planners.policy import Record
 
 CHUNK = 4  # the longest that a model imagines at once
@@ -91,8 +89,9 @@ class Loop:
         self.episodes: Episodes | None = None
         self.world: WorldModel | None = None
         self.policy: Any = None  # SB3's SAC, from the first round on
-        for number in range(len(self.record.rows)):
-            self._add(self._gather(number))
+        for number, row in enumerate(self.record.rows):
+            with _minari_in(out / "data"):
+                self._add(_cut(Episodes.from_minari(recorded(_data(number))), row["steps"] - self.used))
         if self.record.rows:
             self.world = WorldModel.from_pretrained(self._world_at(len(self.record.rows) - 1))
             self.policy = ALGORITHMS["sac"].load(self.record.last, device="cpu")
@@ -154,15 +153,14 @@ class Loop:
         with _minari_in(self.out / "data"):
             dataset = collect(
                 self.env_id,
-                f"round-{number:03d}-v0",
+                _data(number),
                 seed=self._seed(number),
                 steps=want,
                 episode_steps=min(longest, self.limit),
                 policy=None if first else self._act,
                 progress=False,
             )
-            episodes = Episodes.from_minari(dataset)
-        return _cut(episodes, left)
+            return _cut(Episodes.from_minari(dataset), left)
 
     def _act(self, obs: Any) -> Any:
         return self.policy.predict(obs, deterministic=False)[0]
@@ -214,8 +212,7 @@ class Loop:
         episodes, out = self.episodes, self._world_at(number)
         assert episodes is not None
         model = self._fit(episodes, out, number, self.world)
-        at = (episodes.left > 0).nonzero()[:, 0]
-        model.starts = Starts(episodes.obs[at][:, None], episodes.action[at][:, None])
+        model.starts = started(episodes)
         if tested is not None:
             # The bound is that of the model before, which had not seen the new episodes; what is known is now more.
             known = (episodes.index > 0).nonzero()[:, 0]
@@ -237,7 +234,8 @@ class Loop:
         from planners import Cautious
         from planners.policy import Mixed, make
 
-        config = self.config
+        config, episodes = self.config, self.episodes
+        assert episodes is not None
         model: Any = self.world
         if config.penalty:
             model = Cautious(model, config.penalty)
@@ -255,23 +253,14 @@ class Loop:
             self.policy = make("sac", venv, seed=self._seed(number), **own)
         self.policy.set_env(venv)
         mixed: Mixed = self.policy.replay_buffer
-        mixed.real = self._real_steps()
+        mixed.real = replay(episodes, self.spec, self.policy)
         mixed.share = share
         steps = -(-updates // self.policy.gradient_steps)  # of all dreams at once
         self.policy.learn(steps * config.dreams, log_interval=None, reset_num_timesteps=False)
 
-    def _real_steps(self) -> ReplayBuffer:
-        from stable_baselines3.common.buffers import ReplayBuffer
 
-        episodes = self.episodes
-        assert episodes is not None
-        found = ReplayBuffer(self.used, self.spec.observation_space, self.spec.action_space, device="cpu")
-        for t in (episodes.index > 0).nonzero()[:, 0].tolist():
-            obs, after, action = (x[None].numpy() for x in (episodes.obs[t - 1], episodes.obs[t], episodes.action[t]))
-            ended = episodes.terminated[t].numpy()[None]
-            action = self.policy.policy.scale_action(action)
-            found.add(obs, after, action, episodes.reward[t].numpy()[None], ended, [{}])
-        return found
+def _data(number: int) -> str:
+    return f"round-{number:03d}-v0"
 
 
 class Clock:

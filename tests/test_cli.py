@@ -266,6 +266,33 @@ def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "18 episodes" in mistake(capsys, *few, "--seed", "1")
 
 
+@pytest.mark.slow
+def test_learn_loop_and_their_bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["learn", "pendulum", "learned", "--steps", "1280"])
+    said = capsys.readouterr().out
+    assert "imagined return" in said and "learned/best.zip" in said
+    quick = ["--round-steps", "50", "--draft-steps", "20", "--memory-steps", "2", "--updates", "1", "--dreams", "8"]
+    loop = ["loop", "Pendulum-v1", "looped", "--samples", "150", *quick]
+    main(loop)
+    assert "looped/best.zip" in capsys.readouterr().out
+    assert "dreams 8, not 16" in mistake(capsys, *loop[:-1], "16")
+    for way in ("sb3", "dream"):
+        # The target is reached at once: one round is enough to see that a row comes out of it.
+        main(["bench", "learning", "--task", "Pendulum-v1", "--way", way, "--samples", "500", "--target", "-1e9"])
+    capsys.readouterr()
+    main(["bench", "learned", "--out", "learning.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:4] for line in lines[2:]] == [
+        ["dream", "500", "1"],
+        ["sb3", "500", "1"],
+        ["sb3", "5,000", "1"],
+    ]
+    assert (tmp_path / "learning.png").stat().st_size > 1000
+
+
 def test_the_demo_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The true simulator stands for a perfect dream, so the page must say that both plan alike and dream without error.
     truth = envs.SimulatorDynamics("Pendulum-v1")

@@ -202,6 +202,27 @@ def test_other_data_of_the_same_size_are_another_recipe(tmp_path: Path, monkeypa
         fit(TINY, box_spec(2, 1, chunk=2), spring(5, seed=99), SHORT, out=tmp_path, progress=False)
 
 
+def test_training_goes_on_from_another_model_with_more_data(tmp_path: Path) -> None:
+    """A few updates on top of a trained model are worth more than as few from scratch, also where units change."""
+    config, spec = WorldModelConfig(2, 1, pattern="SG", **SMALL), box_spec(2, 1, chunk=2)
+    whole = FitConfig(draft_steps=250, steps=20, draft_batch=128, frames=8, draft_ema=0.98, ema=0.98)
+    few, more = replace(whole, draft_steps=30), Episodes.join([spring(30, seed=0), spring(30, seed=1)])
+    first = fit(config, spec, spring(30, seed=0), whole, out=tmp_path / "first", progress=False)
+    scratch = fit(config, spec, more, few, out=tmp_path / "scratch", progress=False)
+    onward = fit(config, spec, more, few, out=tmp_path / "onward", begin=first, progress=False)
+    assert not torch.equal(onward.scaling.obs_std, first.scaling.obs_std), "units are those of all the data"
+    obs, act, *_ = spring(20, seed=2).windows(spring(20, seed=2).starts(), 3)
+    wrong = []
+    for model in (scratch, onward):
+        _, imagined = model.imagine(model.observe(model.initial(20), obs[:, :1]), act[:, 1:])
+        wrong.append(rms(dreamt(imagined) - obs[:, 1:]))
+    assert wrong[1] < 0.5 * wrong[0]
+    with pytest.raises(ValueError, match="made otherwise"):
+        fit(config, spec, more, few, out=tmp_path / "scratch", begin=first, progress=False)
+    with pytest.raises(ValueError, match="another config"):
+        fit(replace(config, width=8), spec, more, few, out=tmp_path / "other", begin=first, progress=False)
+
+
 def test_a_damaged_training_checkpoint_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_at(tmp_path, 7, monkeypatch)
     path = tmp_path / "training.safetensors"

@@ -63,6 +63,8 @@ def test_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     world = WorldModel.from_pretrained(parts / "world" / "round-002")
     assert world.starts is not None and len(world.starts.obs) == 210, "dreams begin at every real state that led on"
     assert world.trust is not None
+    loop("Pendulum-v1", parts, LoopConfig(samples=280, **QUICK), progress=False)
+    assert [row["steps"] for row in rows(parts)] == [100, 150, 210, 280], "more steps may be asked for later"
     with pytest.raises(ValueError, match="seed 0, not 3"):
         loop("Pendulum-v1", parts, LoopConfig(samples=210, seed=3, **QUICK), progress=False)
 

@@ -58,6 +58,18 @@ def taught() -> Trust:
     return fit_trust("weights", KNOWN, toy(450, 0), toy(450, 3), toy(450, 4), updates=300)
 
 
+def test_trust_moves_to_a_model_that_knows_more(taught: Trust) -> None:
+    step = torch.full((1, 1, 1), 4.0), torch.zeros(1, 1, 1)
+    more = torch.cat([KNOWN, torch.tensor([[4.0, 0.0]]).expand(2000, 2)])
+    moved = taught.moved("others", more)
+    assert bytes(moved.model.numpy()).decode() == "others"
+    assert moved.distance(*step) < 0.1 < 1 < taught.distance(*step), "what it was trained on is near"
+    assert torch.equal(moved.quantiles, taught.quantiles)
+    before = torch.zeros(3, 1, 1), torch.zeros(3, 1, 1)
+    same = taught.moved("weights", KNOWN, seed=1)
+    torch.testing.assert_close(same.distance(*before), taught.distance(*before), atol=0.1, rtol=0)
+
+
 def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Trust) -> None:
     before, actions, error, _ = toy(2000, 1)
     bound = (
