@@ -74,6 +74,13 @@ def learn(
         every=max(1, steps // 10),
         dream=judging,
         seed=seed,
+        about={
+            "simulator": env_id,
+            "model": world.fingerprint() if hasattr(world, "fingerprint") else type(world).__qualname__,
+            "dreams": dreams,
+            "max_error": max_error,
+            "penalty": penalty,
+        },
         progress=progress,
         **settings,
     )

@@ -111,6 +111,7 @@ def learn(
     every: int,
     dream: VecEnv | None = None,
     seed: int = 0,
+    about: dict[str, Any] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> BaseAlgorithm:
@@ -118,10 +119,10 @@ def learn(
 
     dream: as many dreams as ``real`` has envs, to say each time what the policy was imagined to earn (see ``judge``).
     settings: the algorithm's own, over SETTINGS. The folder ``out`` is that of ``Record``; the same call goes on from
-    what was kept there last.
+    what was kept there last. about: what else has to be the same then, such as what ``venv`` is made of.
     """
-    about = {"algorithm": algorithm, "seed": seed, **{name: repr(value) for name, value in settings.items()}}
-    record = Record(out, about)
+    own = {"algorithm": algorithm, "seed": seed, **{name: repr(value) for name, value in settings.items()}}
+    record = Record(out, {**own, **(about or {})})
     if record.last.is_file():
         model = ALGORITHMS[algorithm].load(record.last, venv, device="cpu")
         if record.replay.is_file():
