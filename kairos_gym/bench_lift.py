@@ -23,7 +23,9 @@ from planners import CEM, MPC, Objective, Proposed
 from world_model.episodes import Episodes
 from world_model.fit import fit
 
-Who = Literal["dream", "proposed", "random-data", "truth", "truth-budget", "clone", "clone-best", "expert", "random"]
+Who = Literal[
+    "dream", "proposed", "random-data", "truth", "truth-budget", "policy", "clone", "clone-best", "expert", "random"
+]
 Wanted = Literal["staged", "simple", "learned"]
 Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
 HOLD = 5  # steps for which the cube must stay lifted at the end
@@ -31,6 +33,7 @@ PLANNER = CEM(horizon=8, chunk=2, candidates=192, elites=20, iterations=3, std=0
 # The simulator is some hundred times slower than the dream.
 FRUGAL = replace(PLANNER, candidates=48, elites=8)
 BEST = 1 / 3  # of the episodes, those with the highest return
+POLICY_UPDATES = 50_000
 DREAMS, ROUNDS = (1, 256), 7
 
 
@@ -39,8 +42,8 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
 
     who: "dream", planning in the shipped model; "proposed", the same with the search begun at a behaviour clone's
         plan; "random-data", in a model of the same recipe trained on random actions alone; "truth", on the simulator
-        itself with a quarter of the candidates; "truth-budget", in the dream with as few; "clone" and "clone-best",
-        behaviour cloning on all data and on the best third; "expert"; "random".
+        itself with a quarter of the candidates; "truth-budget", in the dream with as few; "policy", SAC trained in the
+        dream; "clone" and "clone-best", behaviour cloning on all data and on the best third; "expert"; "random".
     reward: what planners want: ``envs.rewards`` staged or simple, or the reward that the model predicts.
     Starts are those of ``reset(seed=seed)`` and the following seeds, without those that are solved already. Planners
     look at every second step, the others at each.
@@ -119,6 +122,8 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         return uniform, {"data": None}
     if who == "expert":
         return lambda number: _alone(Expert(env, seed=number)), {"data": None}
+    if who == "policy":
+        return _dreamed_policy(staged_lift(env.unwrapped.fields)), {"data": "all"}
     if who in ("clone", "clone-best"):
         return _cloning(who == "clone-best"), {"data": "all" if who == "clone" else "best third"}
     fields = env.unwrapped.fields
@@ -150,6 +155,29 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         return lambda obs, seen: mpc.act(obs, inner_obs=seen)
 
     return dreaming, about
+
+
+def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
+    """SAC, trained in cautious dreams that begin at the experts' states, and by a quarter on the experts' own steps."""
+    from kairos_gym.learn import replay, started
+    from kairos_gym.sb3 import DreamVecEnv
+    from planners import Cautious
+    from planners.policy import Mixed, make
+
+    world, real = load("lift"), data("lift").train
+    world.starts = started(real)
+    venv = DreamVecEnv(Cautious(world, 1.0), 64, max_episode_steps=16, reward_fn=wanted)
+    venv.seed(0)
+    nets = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
+    own: dict[str, Any] = {"replay_buffer_class": Mixed, "learning_starts": 0, "gamma": 0.97, "policy_kwargs": nets}
+    policy: Any = make("sac", venv, **own)
+    at = (real.index > 0).nonzero()[:, 0]
+    reward = torch.zeros(len(real.obs))
+    reward[at] = wanted(real.obs[at - 1], real.action[at], real.obs[at])
+    policy.replay_buffer.real = replay(real, world.spec, policy, reward)
+    policy.replay_buffer.share = 0.25
+    policy.learn(POLICY_UPDATES // policy.gradient_steps * venv.num_envs, log_interval=None)
+    return lambda number: _alone(lambda obs: policy.predict(obs, deterministic=True)[0])
 
 
 def _cloning(only_best: bool) -> Callable[[int], Act]:
