@@ -205,8 +205,8 @@ def learn(
     model: Model,
     out: Folder,
     env: str | None = None,
-    algorithm: Literal["sac", "td3", "ppo"] = "sac",
-    steps: int = 100_000,
+    algorithm: Literal["sac", "td3", "ppo", "shac"] = "sac",
+    steps: int | None = None,
     dreams: int = 64,
     max_error: float | None = None,
     penalty: float = 0.0,
@@ -220,8 +220,8 @@ def learn(
         model: a shipped model's name, a folder or a hub id
         out: the folder for the policies, what they earned, and TensorBoard's logs
         env: the simulator that judges, instead of the one that the model was trained on
-        algorithm: Stable-Baselines3's soft actor-critic, TD3 or PPO
-        steps: of single dreams, in all
+        algorithm: Stable-Baselines3's soft actor-critic, TD3 or PPO; or shac, by gradients through the model's draft
+        steps: of single dreams, in all; where not given, 100,000, and for shac 2,000,000
         dreams: how many dreams go on side by side
         max_error: cut a dream short where it may be wrong by more than this, with a confidence of 0.9
         penalty: what steps far from the training data cost, in standard deviations of the reward

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
+from tqdm import tqdm
 
+from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Spec
+from world_model.drafted import Drafted
 from world_model.episodes import Episodes, Starts
 
 if TYPE_CHECKING:
@@ -16,9 +19,11 @@ if TYPE_CHECKING:
     from stable_baselines3.common.buffers import ReplayBuffer
     from stable_baselines3.common.vec_env import VecEnv
 
+    from planners.actor_critic import ActorCritic
     from planners.policy import Algorithm
 
 JUDGES = 10  # episodes that say what a policy earns
+STEPS = {"shac": 2_000_000}  # of single dreams, which cost SHAC a tenth of what they cost the others
 
 
 def learn(
@@ -26,8 +31,8 @@ def learn(
     out: str | Path,
     *,
     env_id: str | None = None,
-    algorithm: Algorithm = "sac",
-    steps: int = 100_000,
+    algorithm: Algorithm | Literal["shac"] = "sac",
+    steps: int | None = None,
     dreams: int = 64,
     max_error: float | None = None,
     penalty: float = 0.0,
@@ -35,15 +40,19 @@ def learn(
     seed: int = 0,
     progress: bool = True,
     **settings: Any,
-) -> BaseAlgorithm:
-    """Learn a policy in the dream of ``model`` with Stable-Baselines3 -> the algorithm; ``out`` keeps its best policy.
+) -> BaseAlgorithm | ActorCritic:
+    """Learn a policy in the dream of ``model`` -> the algorithm; ``out`` keeps its best policy.
 
     env_id: the simulator that judges the policy, ten times in all, by 10 episodes; without it, the one that the model
         was trained on.
-    algorithm: "sac", "td3" or "ppo". settings: its own, over those of ``planners.policy``.
-    steps: of single dreams in all; ``dreams`` go on side by side, in whole episodes from the model's starts.
+    algorithm: Stable-Baselines3's "sac", "td3" or "ppo"; or "shac" (``planners.actor_critic``), which sends gradients
+        through the dream, that of the model's draft alone where it has one. settings: its own, over those of
+        ``planners.policy`` or of ``planners.actor_critic.ShacConfig``.
+    steps: of single dreams in all, 100,000 (for shac 2,000,000) where None; ``dreams`` go on side by side, in whole
+        episodes from the model's starts.
     max_error: cuts dreams short where they may be wrong by more, ``penalty`` makes steps far from the training data
-        cost (see ``planners.Cautious``): two guards against a policy that lives on the model's mistakes.
+        cost (see ``planners.Cautious``): two guards against a policy that lives on the model's mistakes. Neither goes
+        with shac.
     reward_fn: as a dream env takes it, in place of the learned reward; for real the simulator's own counts.
 
     The folder ``out`` is described at ``planners.policy.Record``. A call that was killed goes on where it is repeated
@@ -54,16 +63,31 @@ def learn(
     from planners import Cautious
     from planners.policy import learn
 
+    steps = STEPS.get(algorithm, 100_000) if steps is None else steps
     if steps < 10 * dreams:
         raise ValueError(f"steps must be at least {10 * dreams}, ten for each of the {dreams} dreams, got {steps}")
     world: Any = load(model) if isinstance(model, str | Path) else model
     env_id = env_id or (getattr(world, "card", None) or {}).get("env")
     if env_id is None:
         raise ValueError("the model's card names no simulator: say which one judges (env_id, --env)")
-    guarded = Cautious(world, penalty) if penalty else world
-    venv = DreamVecEnv(guarded, dreams, max_error=max_error, reward_fn=reward_fn)
     judging = DreamVecEnv(world, JUDGES, reward_fn=reward_fn)
     real = judges(env_id)
+    about = {
+        "simulator": env_id,
+        "model": world.fingerprint() if hasattr(world, "fingerprint") else type(world).__qualname__,
+        "dreams": dreams,
+        "max_error": max_error,
+        "penalty": penalty,
+    }
+    if algorithm == "shac":
+        if penalty or max_error is not None:
+            raise ValueError("max_error and penalty pass no gradient on: choose one of the algorithms that sample")
+        # The memory would cost seven times as much again, and where gradients help it adds little.
+        drafted = Drafted(world) if getattr(world, "draft", None) is not None else world
+        env = DreamVectorEnv(drafted, dreams, reward_fn=reward_fn, autoreset_mode="SameStep")
+        return _climb(env, real, judging, out, steps=steps, seed=seed, about=about, progress=progress, **settings)
+    guarded = Cautious(world, penalty) if penalty else world
+    venv = DreamVecEnv(guarded, dreams, max_error=max_error, reward_fn=reward_fn)
     venv.seed(seed)
     return learn(
         algorithm,
@@ -74,16 +98,43 @@ def learn(
         every=max(1, steps // 10),
         dream=judging,
         seed=seed,
-        about={
-            "simulator": env_id,
-            "model": world.fingerprint() if hasattr(world, "fingerprint") else type(world).__qualname__,
-            "dreams": dreams,
-            "max_error": max_error,
-            "penalty": penalty,
-        },
+        about=about,
         progress=progress,
         **settings,
     )
+
+
+def _climb(
+    env: DreamVectorEnv,
+    real: VecEnv,
+    dream: VecEnv,
+    out: str | Path,
+    *,
+    steps: int,
+    seed: int,
+    about: dict[str, Any],
+    progress: bool,
+    **settings: Any,
+) -> ActorCritic:
+    """``planners.policy.learn`` for SHAC."""
+    from planners.actor_critic import ActorCritic, ShacConfig
+    from planners.policy import Record, judge
+
+    own = {name: repr(value) for name, value in settings.items()}
+    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **own})
+    if record.last.is_file():
+        agent = ActorCritic.load(record.last)
+    else:
+        agent = ActorCritic.of(env.model.spec, seed=seed, config=ShacConfig(**settings))
+    agent.begin(env, seed + agent.num_timesteps)
+    with tqdm(total=steps, initial=agent.num_timesteps, unit="step", disable=not progress) as bar:
+        while agent.num_timesteps < steps:
+            until = min(steps, agent.num_timesteps + max(1, steps // 10))
+            while agent.num_timesteps < until:
+                agent.stretch()
+                bar.update(agent.num_timesteps - bar.n)
+            record.add(agent, agent.num_timesteps, judge(agent, real, dream))
+    return agent
 
 
 def judges(env_id: str) -> VecEnv:

@@ -189,7 +189,8 @@ class _Dense(torch.autograd.Function):
         xs, weights = tensors[: len(plan)], tensors[len(plan) :]
         calls = _calls(plan, xs, beside, weights)
         dys = [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs), dy.contiguous()]
-        grads = [None if w is None else w.new_empty(w.shape) for w in weights]
+        learns = any(ctx.needs_input_grad[5:])  # or else the weights are frozen
+        grads = [w.new_empty(w.shape) if learns and w is not None else None for w in weights]
         dbeside = None if beside is None else beside.new_empty(beside.shape)
         asked = any(ctx.needs_input_grad[:2])
         _add_back(calls, plan, dys, grads, asked)

@@ -118,17 +118,20 @@ void backward(const Dense& s) {
   for (int64_t first = 0; first < s.rows; first += ROWS_AT_ONCE) {
     const int n = int(std::min<int64_t>(ROWS_AT_ONCE, s.rows - first));
     const float* dy = s.dy + first * s.out;
-    enter(s, first, n, z, ldz);
-    multiply<true, true>(s.out, dy, s.out, z, ldz, n, ldz, dw, ldz);
-    for (int r = 0; r < n; r++)
-      for (int i = 0; i < s.out; i += V) {
-        const int here = std::min(V, s.out - i);
-        store(db + i, load(db + i) + load(dy + size_t(r) * s.out + i, here));
-      }
+    if (s.dweight) {
+      enter(s, first, n, z, ldz);
+      multiply<true, true>(s.out, dy, s.out, z, ldz, n, ldz, dw, ldz);
+      for (int r = 0; r < n; r++)
+        for (int i = 0; i < s.out; i += V) {
+          const int here = std::min(V, s.out - i);
+          store(db + i, load(db + i) + load(dy + size_t(r) * s.out + i, here));
+        }
+    }
     if (!s.dx) continue;
     multiply(n, dy, s.out, w, ldz, s.out, ldz, dz, ldz);
     leave(s, first, n, dz, ldz, dgain, dshift);
   }
+  if (!s.dweight) return;
   for (int o = 0; o < s.out; o++) copy(s.dweight + size_t(o) * s.in, dw + size_t(o) * ldz, s.in);
   copy(s.dbias, db, s.out);
   if (s.dgain) copy(s.dgain, dgain, s.in), copy(s.dshift, dshift, s.in);
