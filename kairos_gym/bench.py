@@ -13,7 +13,7 @@ from kairos_gym.bench_caution import caution
 from kairos_gym.bench_env import endurance, env
 from kairos_gym.bench_gpu import gpu
 from kairos_gym.bench_kernels import memory, speed, step, updates
-from kairos_gym.bench_learning import learned, learning
+from kairos_gym.bench_learning import gradients, learned, learning
 from kairos_gym.bench_lift import lift, lift_speed
 from kairos_gym.bench_planners import planners, together
 from kairos_gym.bench_trust import trust
@@ -202,6 +202,7 @@ COMMANDS = {
         caution,
         learning,
         learned,
+        gradients,
         env,
         endurance,
         trust,

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kairos_gym.dream_vector_env import DreamVectorEnv
 from kairos_gym.learn import judges
 from kairos_gym.loop import loop
 from kairos_gym.loop_config import LoopConfig
+from kairos_gym.models import load
 from kairos_gym.report import Cell, as_text, machine
 
 SAMPLES = {"Pendulum-v1": 1000, "InvertedPendulum-v5": 1000, "Reacher-v5": 4000, "HalfCheetah-v5": 4000}  # N
@@ -90,6 +92,42 @@ def learning(
         found |= {name.replace("returns", "cpu_seconds"): time.process_time() - began}
         found |= {name: _returns(policy, task)}
     return about | found
+
+
+def gradients(
+    model: str,
+    algorithm: Literal["shac", "sac"] = "shac",
+    cpu_seconds: tuple[float, ...] = (10.0, 30.0),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Learn in a shipped model's dream for so many CPU-seconds, and play 10 real episodes from fresh starts after each.
+
+    algorithm: "shac", by gradients through the dream, or "sac", by Stable-Baselines3, as ``kairos learn`` has them.
+    """
+    from kairos_gym.sb3 import DreamVecEnv
+    from planners.actor_critic import ActorCritic
+    from planners.policy import make
+    from world_model.drafted import Drafted
+
+    world, returns, spent = load(model), {}, 0.0
+    if algorithm == "shac":
+        policy: Any = ActorCritic.of(world.spec, seed=seed)
+        policy.begin(DreamVectorEnv(Drafted(world), 64, autoreset_mode="SameStep"), seed)
+    else:
+        venv = DreamVecEnv(world, 64)
+        venv.seed(seed)
+        policy = make("sac", venv, seed=seed)
+    for budget in sorted(cpu_seconds):
+        until = time.process_time() + budget - spent
+        if algorithm == "shac":
+            while time.process_time() < until:
+                policy.stretch()
+        else:
+            going = lambda *_, until=until: time.process_time() < until  # noqa: E731
+            policy.learn(10**9, going, log_interval=None, reset_num_timesteps=False)
+        returns[str(budget)], spent = _returns(policy, str(world.card["env"])), budget
+    about = {"bench": "gradients", "model": model, "algorithm": algorithm, "seed": seed}
+    return about | {"steps": policy.num_timesteps, "returns": returns, "machine": machine()}
 
 
 def _returns(policy: Any, task: str) -> list[float]:
