@@ -55,17 +55,17 @@ def learning(
     """
     n = SAMPLES[task] if samples is None else samples
     about = {"bench": "learning", "task": task, "way": way, "seed": seed, "samples": n, "machine": machine()}
+    from stable_baselines3 import SAC
+
     began = time.process_time()
     if way == "dream":
-        from stable_baselines3 import SAC
-
         folder = out / f"{task}-{n}-{seed}-{guard}"
         shutil.rmtree(folder, ignore_errors=True)
         own = {**SETTINGS.get(task, {}), **GUARDS[guard]}
         config = LoopConfig(samples=n, round_steps=n // 10, seed=seed, target=target, **own)
         rows = loop(task, folder, config, progress=False)
         cpu = time.process_time() - began
-        policy: Any = SAC.load(folder / "last.zip")
+        policy: Any = SAC.load(folder / f"last-{rows[-1]['steps']}.zip")
         best: Any = SAC.load(folder / "best.zip")
         curve = [{key: float(np.mean(row[key])) for key in row} for row in rows]
         played = {"returns": _returns(policy, task), "best": _returns(best, task)}
@@ -77,8 +77,6 @@ def learning(
             **played,
             "rounds": curve,
         }
-    from stable_baselines3 import SAC
-
     from envs import make_real
     from planners.policy import make
 
@@ -133,7 +131,7 @@ def gradients(
 def _returns(policy: Any, task: str) -> list[float]:
     from planners.policy import judge
 
-    return judge(policy, judges(task), seed=FRESH).real.tolist()
+    return judge(policy, judges(task)[0], seed=FRESH).real.tolist()
 
 
 def learned(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/learning.svg")) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gymnasium import spaces
 from torch import Tensor
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from kairos_gym.models import load
 from world_model.contract import Dynamics, Spec
 from world_model.drafted import Drafted
 from world_model.episodes import Episodes, Starts
+from world_model.vectors import alike
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -43,8 +45,8 @@ def learn(
 ) -> BaseAlgorithm | ActorCritic:
     """Learn a policy in the dream of ``model`` -> the algorithm; ``out`` keeps its best policy.
 
-    env_id: the simulator that judges the policy, ten times in all, by 10 episodes; without it, the one that the model
-        was trained on.
+    env_id: the simulator that judges the policy, about ten times in all, by 10 episodes; without it, the one that the
+        model was trained on.
     algorithm: Stable-Baselines3's "sac", "td3" or "ppo"; or "shac" (``planners.actor_critic``), which sends gradients
         through the dream, that of the model's draft alone where it has one. settings: its own, over those of
         ``planners.policy`` or of ``planners.actor_critic.ShacConfig``.
@@ -64,20 +66,29 @@ def learn(
     from planners.policy import learn
 
     steps = STEPS.get(algorithm, 100_000) if steps is None else steps
-    if steps < 10 * dreams:
-        raise ValueError(f"steps must be at least {10 * dreams}, ten for each of the {dreams} dreams, got {steps}")
+    if steps < 20 * dreams:
+        raise ValueError(f"steps must be at least {20 * dreams}, twenty for each of the {dreams} dreams, got {steps}")
     world: Any = load(model) if isinstance(model, str | Path) else model
     env_id = env_id or (getattr(world, "card", None) or {}).get("env")
     if env_id is None:
         raise ValueError("the model's card names no simulator: say which one judges (env_id, --env)")
-    judging = DreamVecEnv(world, JUDGES, reward_fn=reward_fn)
-    real = judges(env_id)
+    real, limit = judges(env_id)
+    for what, ours, theirs in (
+        ("observations", real.observation_space, world.spec.observation_space),
+        ("actions", real.action_space, world.spec.action_space),
+    ):
+        if not alike(ours, theirs):
+            raise ValueError(f"{env_id} has {what} {ours}, the model {theirs}: another simulator has to judge")
+        if algorithm != "ppo" and (not isinstance(ours, spaces.Box) or len(ours.shape) != 1):
+            raise ValueError(f"{algorithm} learns with {what} that are a Box [N], got {ours}: ppo may do")
+    judging = DreamVecEnv(world, JUDGES, max_episode_steps=limit, reward_fn=reward_fn)
     about = {
         "simulator": env_id,
         "model": world.fingerprint() if hasattr(world, "fingerprint") else type(world).__qualname__,
         "dreams": dreams,
         "max_error": max_error,
         "penalty": penalty,
+        "reward_fn": None if reward_fn is None else getattr(reward_fn, "__qualname__", "of its own"),
     }
     if algorithm == "shac":
         if penalty or max_error is not None:
@@ -118,11 +129,10 @@ def _climb(
 ) -> ActorCritic:
     """``planners.policy.learn`` for SHAC."""
     from planners.actor_critic import ActorCritic, ShacConfig
-    from planners.policy import Record, judge
+    from planners.policy import Record, judge, told
 
-    own = {name: repr(value) for name, value in settings.items()}
-    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **own})
-    if record.last.is_file():
+    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **told(settings)})
+    if record.rows:
         agent = ActorCritic.load(record.last)
     else:
         agent = ActorCritic.of(env.model.spec, seed=seed, config=ShacConfig(**settings))
@@ -137,13 +147,20 @@ def _climb(
     return agent
 
 
-def judges(env_id: str) -> VecEnv:
-    """As many real simulators as judge a policy."""
+def judges(env_id: str) -> tuple[VecEnv, int]:
+    """As many real simulators as judge a policy, and the steps that their episodes may have.
+
+    Raises ValueError where there is no such limit.
+    """
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from envs import make_real
 
-    return DummyVecEnv([lambda: make_real(env_id)] * JUDGES)
+    made = [make_real(env_id) for _ in range(JUDGES)]
+    spec = made[0].spec
+    if spec is None or spec.max_episode_steps is None:
+        raise ValueError(f"{env_id} has no time limit, so an episode might never end")
+    return DummyVecEnv([lambda env=env: env for env in made]), spec.max_episode_steps  # type: ignore[misc]
 
 
 def started(episodes: Episodes) -> Starts:

@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 from kairos_gym.calibrate import LEAST, doubted
@@ -49,8 +50,9 @@ def loop(
     it learns in proportion, up to ``updates`` a step.
 
     settings: SAC's own, over those of ``planners.policy``. In ``out``: the policies and what each earned, for real and
-    in the dream (``planners.policy.Record``; "best.zip" is the one to take), "world", a model for each round, and
-    "data", a Minari dataset for each. A call that was killed goes on where it is repeated.
+    in the dream (``planners.policy.Record``; "best.zip" is the one to take, chosen by what it earned from the ten
+    starts that judge), "world", a model for each round, and "data", a Minari dataset for each. A call that was killed
+    goes on where it is repeated.
 
     Raises ValueError for a wrong argument, and for a simulator without a time limit or whose observations or actions
     are no Box [N].
@@ -77,15 +79,15 @@ class Loop:
 
     def __init__(self, env_id: str, out: Path, config: LoopConfig, settings: dict[str, Any]):
         from envs import make_real
-        from planners.policy import ALGORITHMS, Record
+        from planners.policy import ALGORITHMS, Record, told
 
         self.env_id, self.out, self.config, self.settings = env_id, out, config, settings
         env = make_real(env_id)
-        self.spec, self.limit = _expect(env)
+        self.spec = _expect(env)
         env.close()
         own = {name: value for name, value in asdict(config).items() if name not in ("samples", "target")}
-        self.record: Record = Record(out, {"simulator": env_id, **own, **{k: repr(v) for k, v in settings.items()}})
-        self.real = judges(env_id)
+        self.record: Record = Record(out, {"simulator": env_id, **own, **told(settings)})
+        self.real, self.limit = judges(env_id)
         self.episodes: Episodes | None = None
         self.world: WorldModel | None = None
         self.policy: Any = None  # SB3's SAC, from the first round on
@@ -151,6 +153,8 @@ class Loop:
             want = left
         longest = max(CHUNK, want // FIRST_EPISODES) if first else want
         with _minari_in(self.out / "data"):
+            if get_dataset_path(_data(number)).exists():  # of a call that was stopped after it
+                return _cut(Episodes.from_minari(recorded(_data(number))), left)
             dataset = collect(
                 self.env_id,
                 _data(number),
@@ -275,14 +279,12 @@ class Clock:
         self.spent[f"seconds_{name}"], self._at = round(now - self._at, 2), now
 
 
-def _expect(env: gym.Env) -> tuple[Spec, int]:
-    """What the simulator takes and gives, and the steps that an episode may have."""
+def _expect(env: gym.Env) -> Spec:
+    """What the simulator takes and gives."""
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"the loop learns from {name} that are a Box [N], and this simulator's are {space}")
-    if env.spec is None or env.spec.max_episode_steps is None:
-        raise ValueError("this simulator has no time limit, so an episode might never end")
-    return spec_of(env, CHUNK), env.spec.max_episode_steps
+    return spec_of(env, CHUNK)
 
 
 def _cut(episodes: Episodes, steps: int) -> Episodes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class LoopConfig:
     """How a loop goes about it. Steps are those of the simulator; a round is one turn of playing and learning."""
 
-    samples: int = 5000  # real steps in all
+    samples: int = 5000  # real steps to learn from in all; those that judge are not among them
     round_steps: int = 250  # real steps between two trainings; the first, random round has twice as many
     target: float | None = None  # stop when the judged real return reaches it
     max_error: float | None = 0.2  # a dream ends where its error may be larger; None: where it is `horizon` steps long
@@ -24,8 +24,18 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "round_steps", "horizon", "updates", "dreams", "draft_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.round_steps < 50:
-            raise ValueError(f"round_steps must be at least 50, to say how wrong dreams are, got {self.round_steps}")
+        for name, least in (
+            *((name, 1) for name in ("samples", "horizon", "updates", "dreams", "draft_steps")),
+            *((name, 0) for name in ("penalty", "memory_steps", "weight_decay", "seed")),
+            ("round_steps", 50),  # or nobody could say how wrong dreams are
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if 2 * self.samples < self.round_steps:
+            raise ValueError(f"samples must be at least half a round, {self.round_steps / 2:g}, got {self.samples}")
+        if self.seed > 2_000_000:
+            raise ValueError(f"seed must be at most 2,000,000, got {self.seed}")
+        if self.max_error is not None and not self.max_error > 0:
+            raise ValueError(f"max_error must be above 0, or None, got {self.max_error}")
+        if not 0.5 <= self.confidence <= 0.9:
+            raise ValueError(f"confidence must be 0.5 to 0.9, got {self.confidence}: a round is too short for more")

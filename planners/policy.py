@@ -18,7 +18,6 @@ try:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.buffers import ReplayBuffer
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as error:
@@ -63,8 +62,13 @@ def judge(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int =
 
 
 def _returns(policy: Any, venv: VecEnv) -> NDArray[np.float64]:
-    returns, _ = evaluate_policy(policy, venv, venv.num_envs, return_episode_rewards=True, warn=False)
-    return np.asarray(returns, np.float64)
+    """By env; Stable-Baselines3's ``evaluate_policy`` gives them in the order in which episodes end."""
+    obs, total, going = venv.reset(), np.zeros(venv.num_envs), np.ones(venv.num_envs, bool)
+    while going.any():
+        obs, rewards, done, _ = venv.step(policy.predict(obs, deterministic=True)[0])
+        total[going] += rewards[going]
+        going &= ~done
+    return total
 
 
 class Mixed(ReplayBuffer):
@@ -121,9 +125,8 @@ def learn(
     settings: the algorithm's own, over SETTINGS. The folder ``out`` is that of ``Record``; the same call goes on from
     what was kept there last. about: what else has to be the same then, such as what ``venv`` is made of.
     """
-    own = {"algorithm": algorithm, "seed": seed, **{name: repr(value) for name, value in settings.items()}}
-    record = Record(out, {**own, **(about or {})})
-    if record.last.is_file():
+    record = Record(out, {"algorithm": algorithm, "seed": seed, **told(settings), **(about or {})})
+    if record.rows:
         model = ALGORITHMS[algorithm].load(record.last, venv, device="cpu")
         if record.replay.is_file():
             model.load_replay_buffer(record.replay)
@@ -137,47 +140,77 @@ def learn(
     return model
 
 
+def told(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as a ``Record`` can keep and compare them."""
+    return {name: getattr(value, "__qualname__", repr(value)) for name, value in settings.items()}
+
+
 class Record:
     """What is kept of a policy that learns, in a folder: the same in ``learn`` and in the loop.
 
     "judged.jsonl" has a line for each time that it was judged; "best.zip" is the policy that earned most for real and
-    "last.zip" the latest, with its imagined experience in "replay.pkl"; "logs" are TensorBoard's, with the imagined and
-    the real return in one plot. "about.json" says ``about`` what it is.
+    "last-STEPS.zip" the latest, with what it learns from in "replay-STEPS.pkl"; "logs" are TensorBoard's, with the
+    imagined and the real return in one plot. "about.json" says ``about`` what it is.
 
     Raises ValueError where the folder is about something else.
     """
 
     def __init__(self, out: str | Path, about: dict[str, Any]):
-        self.out = Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        told = self.out / "about.json"
-        if not told.is_file():
-            _replace(told, lambda part: part.write_text(json.dumps(about, indent=2)))
-        kept = json.loads(told.read_text())
+        self.out, self.about = Path(out), about
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out must be a folder, and {out} is a file: choose another name")
+        kept = self._told
+        had = json.loads(kept.read_text()) if kept.is_file() else json.loads(json.dumps(about))
         if other := [
-            f"{k} {kept.get(k)!r}, not {about.get(k)!r}" for k in {**kept, **about} if kept.get(k) != about.get(k)
+            f"{k} {had.get(k)!r}, not {about.get(k)!r}" for k in {**had, **about} if had.get(k) != about.get(k)
         ]:
             raise ValueError(
                 f"{out} is of another call, with {'; '.join(other)}: choose another folder, or repeat that call"
             )
-        self.best, self.last, self.replay = (self.out / name for name in ("best.zip", "last.zip", "replay.pkl"))
-        self._judged = self.out / "judged.jsonl"
         text = self._judged.read_text() if self._judged.is_file() else ""
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
 
+    @property
+    def best(self) -> Path:
+        return self.out / "best.zip"
+
+    @property
+    def last(self) -> Path:
+        return self.out / f"last-{self.rows[-1]['steps']}.zip"
+
+    @property
+    def replay(self) -> Path:
+        return self.out / f"replay-{self.rows[-1]['steps']}.pkl"
+
+    @property
+    def _told(self) -> Path:
+        return self.out / "about.json"
+
+    @property
+    def _judged(self) -> Path:
+        return self.out / "judged.jsonl"
+
     def add(self, model: Any, steps: int, judged: Judged, **more: Any) -> None:
-        """Keep the policy after so many ``steps``, what it earned, and whatever else is to be known of that time."""
+        """Keep the policy after so many ``steps``, what it earned, and whatever else is to be known of that time.
+
+        All of it counts only once its line is in "judged.jsonl".
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
         earned = {"real": judged.real.tolist()}
         if judged.imagined is not None:
             earned["imagined"] = judged.imagined.tolist()
         if all(judged.real.mean() > np.mean(row["real"]) for row in self.rows):
             _replace(self.best, model.save)
+        stale = [self.last, self.replay] if self.rows else []
+        self.rows.append({"steps": steps, **earned, **more})
         if hasattr(model, "replay_buffer"):
             _replace(self.replay, model.save_replay_buffer)
         _replace(self.last, model.save)
-        self.rows.append({"steps": steps, **earned, **more})
-        with open(self._judged, "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+        _replace(self._told, lambda part: part.write_text(json.dumps(self.about, indent=2)))
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        _replace(self._judged, lambda part: part.write_text(lines))
+        for path in stale:
+            path.unlink(missing_ok=True)
         with SummaryWriter(str(self.out / "logs")) as log:
             log.add_scalars("return", {name: float(np.mean(values)) for name, values in earned.items()}, steps)
             for name, value in more.items():

@@ -20,7 +20,7 @@ from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
 from kairos_gym.learn import learn as learn_in_dream
 from planners import Cautious
-from planners.policy import ALGORITHMS, Algorithm, Mixed, judge, learn, make
+from planners.policy import ALGORITHMS, Algorithm, Judged, Mixed, Record, judge, learn, make
 from world_model.episodes import Starts
 
 
@@ -107,19 +107,70 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to run PPO")
 def test_a_model_names_its_judge(tmp_path: Path) -> None:
-    made = learn_in_dream(load("pendulum"), tmp_path, algorithm="ppo", steps=640, dreams=64, progress=False)
+    made = learn_in_dream(load("pendulum"), tmp_path, algorithm="ppo", steps=640, dreams=32, progress=False)
     assert made.num_timesteps >= 640
     rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert len(rows[-1]["real"]) == 10
     np.testing.assert_allclose(rows[-1]["imagined"], rows[-1]["real"], rtol=0.1)  # the shipped model is that good
-    assert {path.name for path in tmp_path.iterdir()} >= {"best.zip", "last.zip", "logs", "about.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "best.zip",
+        "logs",
+        "about.json",
+        f"last-{made.num_timesteps}.zip",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to run PPO")
+def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    class Spied(DreamVecEnv):
+        def __init__(self, model: Any, num_envs: int, **kwargs: Any):
+            made.append((model, kwargs))
+            super().__init__(model, num_envs, **kwargs)
+
+    monkeypatch.setattr("kairos_gym.sb3.DreamVecEnv", Spied)
+    judged = "Pendulum-v1,max_episode_steps=5"
+    one: Any = lambda obs, action, next_obs: np.ones(len(obs))  # noqa: E731
+    about: dict[str, Any] = dict(algorithm="ppo", steps=640, dreams=32, env_id=judged, max_error=0.2, penalty=2.0)
+    learn_in_dream("pendulum", tmp_path, reward_fn=one, progress=False, **about)
+    (plain, shown), (wary, kwargs) = sorted(made, key=lambda pair: isinstance(pair[0], Cautious))
+    assert wary.penalty == 2.0 and wary.dynamics is plain
+    assert kwargs == {"max_error": 0.2, "reward_fn": one} and shown == {"max_episode_steps": 5, "reward_fn": one}
+    row = json.loads((tmp_path / "judged.jsonl").read_text().splitlines()[-1])
+    assert row["imagined"] == [5.0] * 10, "as long as for real, in the reward that was asked for"
+    with pytest.raises(ValueError, match="reward_fn"):
+        learn_in_dream("pendulum", tmp_path, progress=False, **about)
+
+
+def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, model = Record(tmp_path, {"a": 1}), make("sac", mass(2))
+    record.add(model, 1, Judged(np.array([3.0]), None))
+    best = (tmp_path / "best.zip").read_bytes()
+    record.add(model, 2, Judged(np.array([1.0]), None))
+    assert (tmp_path / "best.zip").read_bytes() == best
+    assert {path.name for path in tmp_path.glob("*-*")} == {"last-2.zip", "replay-2.pkl"}
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "save", killed)
+        record.add(model, 3, Judged(np.array([0.0]), None))
+    again = Record(tmp_path, {"a": 1})
+    assert again.rows == record.rows[:2] and again.last.is_file() and again.replay.is_file()
+    with pytest.raises(ValueError, match="a 1, not 2"):
+        Record(tmp_path, {"a": 2})
 
 
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names no simulator"):
         learn_in_dream(dreamer(), tmp_path)
-    with pytest.raises(ValueError, match="at least 640"):
+    with pytest.raises(ValueError, match="at least 1280"):
         learn_in_dream("pendulum", tmp_path, steps=100)
+    with pytest.raises(ValueError, match="another simulator has to judge"):
+        learn_in_dream("pendulum", tmp_path, env_id="Reacher-v5")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'dqn'"):
         make("dqn", mass(2))  # type: ignore[arg-type]
 
