@@ -18,6 +18,7 @@ try:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.buffers import ReplayBuffer
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as error:
@@ -102,7 +103,13 @@ def make(algorithm: Algorithm, venv: Any, *, seed: int = 0, **settings: Any) -> 
         dreams = getattr(venv, "num_envs", 1)
         own |= {"gradient_steps": max(1, dreams // DREAMS_AN_UPDATE), "learning_starts": 10 * dreams}
     made = {**own, "policy_kwargs": deepcopy(NETS), "seed": seed, "device": "cpu", **settings}
-    return ALGORITHMS[algorithm]("MlpPolicy", venv, **made)
+    return _silent(ALGORITHMS[algorithm]("MlpPolicy", venv, **made))
+
+
+def _silent(model: Any) -> Any:
+    """Without SB3's own logger, which would leave an empty folder behind for every call of ``learn``."""
+    model.set_logger(Logger(None, []))
+    return model
 
 
 def learn(
@@ -126,12 +133,7 @@ def learn(
     what was kept there last. about: what else has to be the same then, such as what ``venv`` is made of.
     """
     record = Record(out, {"algorithm": algorithm, "seed": seed, **told(settings), **(about or {})})
-    if record.rows:
-        model = ALGORITHMS[algorithm].load(record.last, venv, device="cpu")
-        if record.replay.is_file():
-            model.load_replay_buffer(record.replay)
-    else:
-        model = make(algorithm, venv, seed=seed, **settings)
+    model: Any = record.load(algorithm, venv) if record.rows else make(algorithm, venv, seed=seed, **settings)
     judging = _Judging(record, real, dream, every)
     if model.num_timesteps < steps:
         more = steps - model.num_timesteps
@@ -189,6 +191,13 @@ class Record:
     @property
     def _judged(self) -> Path:
         return self.out / "judged.jsonl"
+
+    def load(self, algorithm: Algorithm, venv: VecEnv | None = None) -> Any:
+        """The latest policy, with what it learns from, to go on in ``venv``."""
+        model = _silent(ALGORITHMS[algorithm].load(self.last, venv, device="cpu"))
+        if self.replay.is_file():
+            model.load_replay_buffer(self.replay)
+        return model
 
     def add(self, model: Any, steps: int, judged: Judged, **more: Any) -> None:
         """Keep the policy after so many ``steps``, what it earned, and whatever else is to be known of that time.

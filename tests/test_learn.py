@@ -82,7 +82,9 @@ def test_it_learns_to_go_home(algorithm: Algorithm, tmp_path: Path) -> None:
     assert total.mean() > best.mean() - 0.1 * (best - still).mean()
 
 
-def test_what_is_kept_and_how_it_goes_on(tmp_path: Path) -> None:
+def test_what_is_kept_and_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (elsewhere := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     venv, real = mass(8), mass(4)
 
     def run(steps: int, **more: Any) -> Any:
@@ -101,6 +103,7 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     best = SAC.load(tmp_path / "best.zip", device="cpu")
     assert judge(best, real).real.mean() == pytest.approx(max(np.mean(row["real"]) for row in rows))
+    assert not list(elsewhere.iterdir()), "nothing is left anywhere else"
     with pytest.raises(ValueError, match=r"seed 0, not 1.*another folder"):
         run(1600, seed=1)
 
