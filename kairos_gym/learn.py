@@ -57,10 +57,11 @@ def learn(
         with shac.
     reward_fn: as a dream env takes it, in place of the learned reward; for real the simulator's own counts.
 
-    Nets this small learn fastest on one thread: the ``kairos`` command sets ``torch.set_num_threads(1)``, a script of
-    your own has to. The folder ``out`` is described at ``planners.policy.Record``. A call that was killed goes on where it is repeated
-    from the last of the ten times. Raises ValueError for a wrong argument, for a model without a simulator and for one
-    that wasn't calibrated where a guard needs it.
+    The folder ``out`` is described at ``planners.policy.Record``. A call that was killed goes on where it is repeated
+    from the last of these times. In a script of your own, ``torch.set_num_threads(1)`` makes it several times as fast.
+
+    Raises ValueError for a wrong argument, for a model without a simulator and for one that wasn't calibrated where a
+    guard needs it.
     """
     from kairos_gym.sb3 import DreamVecEnv
     from planners import Cautious
