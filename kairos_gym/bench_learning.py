@@ -71,6 +71,7 @@ def learning(
         played = {"returns": _returns(policy, task), "best": _returns(best, task)}
         return about | {
             "guard": guard,
+            "target": target,
             "settings": own,
             "used": rows[-1]["steps"],
             "cpu_seconds": cpu,
@@ -143,7 +144,9 @@ def learned(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/lea
     groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     for row in kept:  # of a seed that was run twice the last counts
         if row.get("bench") == "learning":
-            way = row["way"] if row["way"] != "dream" or row["guard"] == "both" else f"dream, guard {row['guard']}"
+            way = row["way"]
+            way += f", guard {row['guard']}" if row.get("guard", "both") != "both" else ""
+            way += f", until {row['target']:g}" if row.get("target") is not None else ""
             groups.setdefault((row["task"], way, row["samples"]), {})[row["seed"]] = row
     lines: list[list[Cell]] = []
     for (task, way, n), seeds in sorted(groups.items()):

@@ -285,8 +285,9 @@ def test_learn_loop_and_their_bench(
     capsys.readouterr()
     main(["bench", "learned", "--out", "learning.png"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:4] for line in lines[2:]] == [
-        ["dream", "500", "1"],
+    told = [line.split("  ") for line in lines[2:]]
+    assert [[cell.strip() for cell in cells if cell][1:4] for cells in told] == [
+        ["dream, until -1e+09", "500", "1"],
         ["sb3", "500", "1"],
         ["sb3", "5,000", "1"],
     ]
