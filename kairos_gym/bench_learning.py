@@ -53,10 +53,10 @@ def learning(
     and a penalty where it has one, or one or none of them: dreams of 32 steps, and 5% of real steps in what the policy
     learns from. target: the loop's. It begins anew each time, in ``out``.
     """
-    n = SAMPLES[task] if samples is None else samples
-    about = {"bench": "learning", "task": task, "way": way, "seed": seed, "samples": n, "machine": machine()}
     from stable_baselines3 import SAC
 
+    n = SAMPLES[task] if samples is None else samples
+    about = {"bench": "learning", "task": task, "way": way, "seed": seed, "samples": n, "machine": machine()}
     began = time.process_time()
     if way == "dream":
         folder = out / f"{task}-{n}-{seed}-{guard}"

@@ -74,11 +74,10 @@ def trust_in(
         raise ValueError(
             f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
         )
-    at = (trained_on.index > 0).nonzero()[:, 0]
     unit, measured = world.scaling.obs_std, windows.part(slice(cut, None))
     world.trust = fit_trust(
         world.fingerprint(),
-        torch.cat([trained_on.obs[at - 1], trained_on.action[at]], 1),
+        trained_on.steps(),
         doubted(world, windows.part(slice(cut)), unit),
         doubted(world, measured, unit),
         doubted(world, measured, unit, measured.dream(world, chunk=world.spec.chunk)),

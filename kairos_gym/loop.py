@@ -196,10 +196,9 @@ class Loop:
         windows = Windows(fresh, at[some], torch.ones(len(at), dtype=torch.int64), config.horizon)
         dreamed = doubted(model, windows, model.scaling.obs_std)
         teaching, measured = dreamed.part(slice(len(at) // 2)), dreamed.part(slice(len(at) // 2, None))
-        known = (seen.index > 0).nonzero()[:, 0]
         trust = fit_trust(
             model.fingerprint(),
-            torch.cat([seen.obs[known - 1], seen.action[known]], 1),
+            seen.steps(),
             teaching,
             measured,
             measured,
@@ -218,10 +217,7 @@ class Loop:
         model.starts = started(episodes)
         if tested is not None:
             # The bound is that of the model before, which had not seen the new episodes; what is known is now more.
-            known = (episodes.index > 0).nonzero()[:, 0]
-            model.trust = tested.trust.moved(
-                model.fingerprint(), torch.cat([episodes.obs[known - 1], episodes.action[known]], 1), seed=number
-            )
+            model.trust = tested.trust.moved(model.fingerprint(), episodes.steps(), seed=number)
         model.save_pretrained(out)
         return model
 

@@ -124,15 +124,7 @@ def test_a_model_names_its_judge(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to run PPO")
-def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, dict[str, Any]]] = []
-
-    class Spied(DreamVecEnv):
-        def __init__(self, model: Any, num_envs: int, **kwargs: Any):
-            made.append((model, kwargs))
-            super().__init__(model, num_envs, **kwargs)
-
-    monkeypatch.setattr("kairos_gym.sb3.DreamVecEnv", Spied)
+def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, made: list[tuple[Any, dict[str, Any]]]) -> None:
     judged = "Pendulum-v1,max_episode_steps=5"
     one: Any = lambda obs, action, next_obs: np.ones(len(obs))  # noqa: E731
     about: dict[str, Any] = dict(algorithm="ppo", steps=640, dreams=32, env_id=judged, max_error=0.2, penalty=2.0)

@@ -87,16 +87,8 @@ def test_trust_makes_the_schedule(tmp_path: Path) -> None:
     assert free._schedule(None) == (REAL_SHARE, 7)
 
 
-def test_what_the_policy_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_policy_learns_from(tmp_path: Path, made: list[tuple[Any, dict[str, Any]]]) -> None:
     """Real states to begin at, the trusted length, the penalty, the schedule's share, and each real step as it was."""
-    made: list[tuple[Any, dict[str, Any]]] = []
-
-    class Spied(DreamVecEnv):
-        def __init__(self, model: Any, num_envs: int, **kwargs: Any):
-            made.append((model, kwargs))
-            super().__init__(model, num_envs, **kwargs)
-
-    monkeypatch.setattr("kairos_gym.sb3.DreamVecEnv", Spied)
     config = LoopConfig(samples=100, max_error=0.3, penalty=1.5, confidence=0.8, **QUICK)
     run = Loop("Pendulum-v1", tmp_path, config, {})
     row = run.round()

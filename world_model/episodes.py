@@ -105,7 +105,7 @@ class Episodes:
 
         def steps(episodes: Episodes) -> tuple[np.ndarray, Tensor]:
             at = (episodes.index > 0).nonzero()[:, 0]
-            rows = torch.cat([episodes.obs[at - 1], episodes.action[at], episodes.obs[at]], 1).contiguous().numpy()
+            rows = torch.cat([episodes.steps(), episodes.obs[at]], 1).contiguous().numpy()
             return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0], at
 
         (known, _), (asked, at) = steps(self), steps(other)
@@ -128,6 +128,11 @@ class Episodes:
         keep = self.index <= steps
         left = torch.minimum(self.left, steps - self.index)
         return Episodes(*(x[keep] for x in (self.obs, self.action, self.reward, self.terminated, self.index, left)))
+
+    def steps(self) -> Tensor:
+        """What every step began at and played, [S,O+A]."""
+        at = (self.index > 0).nonzero()[:, 0]
+        return torch.cat([self.obs[at - 1], self.action[at]], 1)
 
     def starts(self) -> Tensor:
         """The frames that episodes begin at, int64."""
