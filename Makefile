@@ -36,4 +36,4 @@ check: lint test-fast
 
 # Trains the models that ship with the package anew, each with the command that its card holds.
 zoo: $(READY)
-	$(RUN) -m kairos_gym.recipes
+	$(RUN) -m kairos_gym.learning.recipes

@@ -7,12 +7,12 @@ from contextlib import suppress
 with suppress(ImportError):
     import triton  # noqa: F401
 
-from .chunked import ChunkedActions
-from .embodiments import EMBODIMENTS, Embodiment
-from .experts import Expert
-from .make import make_real
-from .mujoco import draw, get_state, observation_of, set_state, state_from_observation
-from .oracle import SimulatorDynamics
+from envs.chunked import ChunkedActions
+from envs.exact_state import draw, get_state, observation_of, set_state, state_from_observation
+from envs.make import make_real
+from envs.robosuite.embodiments import EMBODIMENTS, Embodiment
+from envs.robosuite.experts import Expert
+from envs.simulator import SimulatorDynamics
 
 __all__ = [
     "EMBODIMENTS",

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from world_model.vectors import ActionCheck, chunked
+from world_model.spaces import ActionCheck, chunked
 
 
 class ChunkedActions(gym.Wrapper, gym.utils.RecordConstructorArgs):

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from .chunked import ChunkedActions
+from envs.chunked import ChunkedActions
 
 
 def make_real(env_id: str, *, chunk: int = 1, **gym_kwargs: Any) -> gym.Env:

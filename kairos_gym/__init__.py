@@ -32,14 +32,14 @@ _refuse_shadows()
 # Only now, since these import the packages that may be shadowed.
 import gymnasium  # noqa: E402
 
-from kairos_gym.dream_env import DreamEnv  # noqa: E402
-from kairos_gym.dream_vector_env import DreamVectorEnv  # noqa: E402
+from kairos_gym.dream.env import DreamEnv  # noqa: E402
+from kairos_gym.dream.vector_env import DreamVectorEnv  # noqa: E402
 from kairos_gym.models import load, shipped  # noqa: E402
 
 gymnasium.register(
     id="kairos_gym/Dream-v0",
-    entry_point="kairos_gym.dream_env:DreamEnv",
-    vector_entry_point="kairos_gym.dream_vector_env:DreamVectorEnv",
+    entry_point="kairos_gym.dream.env:DreamEnv",
+    vector_entry_point="kairos_gym.dream.vector_env:DreamVectorEnv",
 )
 gymnasium.register(
     id="kairos_gym/CartPoleSwingUp-v0", entry_point="envs.swingup:CartPoleSwingUpEnv", max_episode_steps=250
@@ -65,7 +65,7 @@ for _task, _steps in {
 def __getattr__(name: str) -> Any:
     """``DreamVecEnv`` needs Stable-Baselines3, which is loaded only for those who ask for it."""
     if name == "DreamVecEnv":
-        from kairos_gym.sb3 import DreamVecEnv
+        from kairos_gym.dream.sb3_vec_env import DreamVecEnv
 
         return DreamVecEnv
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

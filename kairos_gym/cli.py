@@ -12,11 +12,11 @@ import tyro
 from gymnasium.error import Error as GymnasiumError
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from kairos_gym.loop_config import LoopConfig
+from kairos_gym.learning.loop_config import LoopConfig
 
 if TYPE_CHECKING:
     from planners import Planner
-    from world_model.model import WorldModel
+    from world_model.model.world_model import WorldModel
 
 Simulator = Positional[Annotated[str, arg(metavar="SIMULATOR")]]
 Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
@@ -38,7 +38,7 @@ def collect(
     policy_seed: int = 0,
     workers: int = 1,
 ) -> None:
-    """Record experience of a real simulator as a Minari dataset (kairos_gym.collect.collect).
+    """Record experience of a real simulator as a Minari dataset (kairos_gym.data.collect.collect).
 
     A collection that was stopped goes on with the same command.
 
@@ -55,7 +55,7 @@ def collect(
         policy_seed: of the training of those policies
         workers: how many processes play; the data are the same for any number
     """
-    from kairos_gym.collect import collect
+    from kairos_gym.data.collect import collect
 
     dataset = collect(
         env_id,
@@ -82,7 +82,7 @@ def train(
     held_out: int = 64,
     seed: int = 0,
 ) -> None:
-    """Train a world model on a Minari dataset (kairos_gym.train.train).
+    """Train a world model on a Minari dataset (kairos_gym.learning.train.train).
 
     A training that was stopped goes on with the same command.
 
@@ -97,7 +97,7 @@ def train(
         held_out: how many episodes at the end of the dataset to leave for score
         seed: of everything drawn at random
     """
-    from kairos_gym.train import train
+    from kairos_gym.learning.train import train
 
     steps_given: dict[str, Any] = {"draft_steps": draft_steps, "steps": steps}
     given = {name: n for name, n in steps_given.items() if n is not None}
@@ -124,7 +124,7 @@ def plan(
     std: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Plan in the dream, act in the real simulator, and print a table (kairos_gym.plan.plan).
+    """Plan in the dream, act in the real simulator, and print a table (kairos_gym.evaluation.control.plan).
 
     Args:
         model: a shipped model's name, a folder or a hub id
@@ -141,7 +141,7 @@ def plan(
     import numpy as np
 
     from envs import SimulatorDynamics
-    from kairos_gym import plan as playing
+    from kairos_gym.evaluation import control as playing
     from kairos_gym.report import as_text
     from world_model.contract import Dynamics
 
@@ -176,7 +176,7 @@ def explain(
     dims: tuple[int, ...] = (),
     out: Path = Path("reports/plan.svg"),
 ) -> None:
-    """Draw all futures that were dreamed for one decision, beside what then happened (kairos_gym.explain.explain).
+    """Draw all futures that were dreamed for one decision, beside what then happened (kairos_gym.evaluation.explain.explain).
 
     Args:
         model: a shipped model's name, a folder or a hub id
@@ -191,7 +191,7 @@ def explain(
         dims: which dimensions of the observation to draw; where not given, up to three in which the futures differ most
         out: the picture to write
     """
-    from kairos_gym.explain import draw, explain
+    from kairos_gym.evaluation.explain import draw, explain
 
     world, env_id = _world(model, env)
     method = _method(planner, horizon, chunk, candidates, std)
@@ -212,7 +212,7 @@ def learn(
     penalty: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Learn a policy in a model's dream, judged in the real simulator as it learns (kairos_gym.learn.learn).
+    """Learn a policy in a model's dream, judged in the real simulator as it learns (kairos_gym.learning.learn.learn).
 
     A call that was stopped goes on with the same command, from the last of the ten times that it was judged.
 
@@ -227,7 +227,7 @@ def learn(
         penalty: what steps far from the training data cost, in standard deviations of the reward
         seed: of everything drawn at random
     """
-    from kairos_gym.learn import learn
+    from kairos_gym.learning.learn import learn
 
     learn(
         model,
@@ -244,7 +244,7 @@ def learn(
 
 
 def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPrefixes] = LoopConfig()) -> None:
-    """Learn a policy from few real steps: play, train the world model, train the policy in it, again (kairos_gym.loop).
+    """Learn a policy from few real steps: play, train the world model, train the policy in it, again (kairos_gym.learning.loop).
 
     A call that was stopped goes on with the same command.
 
@@ -252,7 +252,7 @@ def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPr
         env_id: the simulator, such as Pendulum-v1
         out: the folder for the policies, the models, the data, what was earned, and TensorBoard's logs
     """
-    from kairos_gym.loop import loop
+    from kairos_gym.learning.loop import loop
 
     loop(env_id, out, config)
     _print_judged(out)
@@ -266,7 +266,7 @@ def score(
     chunk: int = 1,
     trajectories: int | None = None,
 ) -> None:
-    """Measure the dream's open-loop error on recorded episodes (kairos_gym.open_loop.score).
+    """Measure the dream's open-loop error on recorded episodes (kairos_gym.evaluation.open_loop.score).
 
     Args:
         model: a shipped model's name, a folder or a hub id
@@ -276,7 +276,7 @@ def score(
         chunk: how many steps to imagine at once
         trajectories: how many episodes to take; all that training left out of this dataset, or else up to 64
     """
-    from kairos_gym.open_loop import score
+    from kairos_gym.evaluation.open_loop import score
 
     result = score(model, dataset_id, horizon=horizon, context=context, chunk=chunk, trajectories=trajectories)
     _print_errors(result.table(sorted({h for h in (1, 2, 4, 8, 16, 32, 64, 128, 256) if h < horizon} | {horizon})))
@@ -284,7 +284,7 @@ def score(
 
 
 def calibrate(model: Model, dataset_ids: Datasets, out: Path | None = None, seed: int = 0) -> None:
-    """Teach a model how wrong it may be, on recorded episodes it never saw (kairos_gym.calibrate.calibrate).
+    """Teach a model how wrong it may be, on recorded episodes it never saw (kairos_gym.evaluation.calibrate.calibrate).
 
     Args:
         model: a folder, or a shipped model's name or a hub id with --out
@@ -294,8 +294,8 @@ def calibrate(model: Model, dataset_ids: Datasets, out: Path | None = None, seed
         out: the folder to save the calibrated model to, instead of its own
         seed: of everything drawn at random
     """
-    from kairos_gym.calibrate import calibrate
-    from kairos_gym.comparison import steps_of
+    from kairos_gym.evaluation.calibrate import calibrate
+    from kairos_gym.evaluation.comparison import steps_of
 
     told = calibrate(model, dataset_ids, out, seed=seed).card["trust"]["dreams"]
     print("Calibrated on", ", ".join(f"{n} dreams of {steps_of(h[1:])}" for h, n in told.items() if n))
@@ -315,7 +315,7 @@ def compare(
     references: bool = True,
     out: Path | None = None,
 ) -> None:
-    """Hold a dream against its simulator and write a report page (kairos_gym.compare.compare).
+    """Hold a dream against its simulator and write a report page (kairos_gym.evaluation.compare.compare).
 
     Ten policies of different skill play in both; some are trained first, where they haven't been (some minutes).
 
@@ -335,9 +335,9 @@ def compare(
     """
     from importlib import import_module
 
-    from kairos_gym import comparison_page
-    from kairos_gym.compare import compare
-    from kairos_gym.policies import load as load_policy
+    from kairos_gym.evaluation import page as comparison_page
+    from kairos_gym.evaluation.compare import compare
+    from kairos_gym.policies.ladder import load as load_policy
 
     _, env_id = _world(model, env)
     success_fn = None
@@ -397,7 +397,7 @@ def info() -> None:
 
 
 def bench() -> None:
-    """Measure a figure of the README again (kairos_gym.bench); `kairos bench --help` lists them."""
+    """Measure a figure of the README again (kairos_gym.bench.commands); `kairos bench --help` lists them."""
 
 
 COMMANDS = {
@@ -416,7 +416,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     try:
         if args[:1] == ["bench"]:
-            from kairos_gym import bench as benches
+            from kairos_gym.bench import commands as benches
 
             measured = tyro.extras.subcommand_cli_from_dict(benches.COMMANDS, prog="kairos bench", args=args[1:])
             if measured is not None:

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from kairos_gym.evaluation.control import Played, plan, play, play_random
 from kairos_gym.models import load
-from kairos_gym.plan import Played, plan, play, play_random
 from kairos_gym.report import Report, as_text
 from planners import CEM
 from world_model.contract import Dynamics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 
 ZOO = Path(__file__).parent / "zoo"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from world_model.native import available, on_gpu
+from world_model.ops.native import available, on_gpu
 
 Cell = str | int | float
 

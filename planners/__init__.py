@@ -1,7 +1,6 @@
 """Planners: search for good actions inside any ``Dynamics``, learned or real."""
 
 from planners.base import Planner, SearchPlanner
-from planners.cautious import Cautious
 from planners.cem import CEM
 from planners.costable import Costable
 from planners.gradient import Gradient
@@ -10,10 +9,11 @@ from planners.mpc import MPC
 from planners.mppi import MPPI
 from planners.objective import Objective
 from planners.plan import Kept, Plan
-from planners.proposed import Proposed
+from planners.policy_guided import Proposed
 from planners.scoring import Scored, score
 from planners.search import Search
 from planners.shooting import RandomShooting
+from world_model.dynamics.pessimistic import Cautious
 
 __all__ = [
     "CEM",

@@ -17,14 +17,14 @@ settings.load_profile("kairos")
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     """The model and the arguments of each DreamVecEnv that is made from here on."""
-    import kairos_gym.sb3
+    import kairos_gym.dream.sb3_vec_env
 
     found: list[tuple[Any, dict[str, Any]]] = []
 
-    class Spied(kairos_gym.sb3.DreamVecEnv):
+    class Spied(kairos_gym.dream.sb3_vec_env.DreamVecEnv):
         def __init__(self, model: Any, num_envs: int, **kwargs: Any):
             found.append((model, kwargs))
             super().__init__(model, num_envs, **kwargs)
 
-    monkeypatch.setattr("kairos_gym.sb3.DreamVecEnv", Spied)
+    monkeypatch.setattr("kairos_gym.dream.sb3_vec_env.DreamVecEnv", Spied)
     return found

@@ -15,10 +15,10 @@ from toys import PointMass, box_spec
 
 from envs import SimulatorDynamics
 from kairos_gym import DreamVectorEnv, load
-from kairos_gym.learn import learn
-from planners.actor_critic import ActorCritic, ShacConfig
+from kairos_gym.learning.learn import learn
+from kairos_gym.policies.shac import ActorCritic, ShacConfig
 from world_model.contract import Spec
-from world_model.drafted import Drafted
+from world_model.dynamics.draft_dynamics import Drafted
 from world_model.episodes import Starts
 
 STEPS = 12

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kairos_gym.agreement import agreement, pearson, ranks
+from kairos_gym.evaluation.agreement import agreement, pearson, ranks
 
 
 def test_equal_returns_agree_wholly() -> None:

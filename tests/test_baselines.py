@@ -10,11 +10,11 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from toys import LQR, ToyDynamics, box_spec
 
-from kairos_gym.collect import collect
-from kairos_gym.dream_env import DreamEnv
-from kairos_gym.dream_vector_env import DreamVectorEnv
+from kairos_gym.data.collect import collect
+from kairos_gym.dream.env import DreamEnv
+from kairos_gym.dream.vector_env import DreamVectorEnv
 from planners import CEM, Objective
-from world_model.baselines import Baseline, fit_constant, fit_ensemble, fit_linear
+from world_model.dynamics.baselines import Baseline, fit_constant, fit_ensemble, fit_linear
 from world_model.episodes import Episodes, spec_of
 
 

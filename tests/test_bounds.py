@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from world_model.bounds import MemoryDrift, memory_drift, window_floor
+from kairos_gym.evaluation.memory_bounds import MemoryDrift, memory_drift, window_floor
 from world_model.state import LatentState
 
 PATTERNS = ["G", "GG", "SG", "DG", "GS", "SGDG", "GDGS"]

@@ -16,16 +16,16 @@ import pytest
 from gymnasium import spaces
 
 from kairos_gym import load
-from kairos_gym.bench_planners import Setting
+from kairos_gym.bench.planners import Setting
 from kairos_gym.cli import main
-from kairos_gym.collect import collect
+from kairos_gym.data.collect import collect
 from kairos_gym.demo import show
-from kairos_gym.open_loop import score
-from kairos_gym.plan import plan, play, play_random
-from kairos_gym.policies import learned, scripted
+from kairos_gym.evaluation.control import plan, play, play_random
+from kairos_gym.evaluation.open_loop import score
+from kairos_gym.policies.ladder import learned, scripted
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 
 envs = pytest.importorskip("envs")
 
@@ -164,7 +164,7 @@ def test_a_simulator_of_ones_own(
 def test_a_finished_training_whose_errors_were_lost_measures_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from kairos_gym import train as training
+    from kairos_gym.learning import train as training
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     collect("Pendulum-v1", "a-v0", seed=0, episodes=3, episode_steps=30, progress=False)
@@ -223,7 +223,7 @@ def test_play_gives_the_planner_every_inner_step() -> None:
 
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kairos_gym.bench_env.SIZES", {1: 2, 3: 2})
+    monkeypatch.setattr("kairos_gym.bench.env.SIZES", {1: 2, 3: 2})
     main(["bench", "env"])
     said = capsys.readouterr().out
     assert "DreamVectorEnv.step" in said and (tmp_path / "reports" / "bench.jsonl").read_text().count("\n") == 1
@@ -238,7 +238,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.slow
 def test_bench_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kairos_gym.bench_planners.SETTINGS", {"reacher": Setting(2, 4, candidates=16)})
+    monkeypatch.setattr("kairos_gym.bench.planners.SETTINGS", {"reacher": Setting(2, 4, candidates=16)})
     main(["bench", "planners", "--tasks", "reacher", "--episodes", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("reacher ") for line in lines) == 8
@@ -256,8 +256,8 @@ def test_bench_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr("kairos_gym.bench_caution.UPDATES", {"draft_steps": 20, "steps": 5})
-    monkeypatch.setattr("kairos_gym.bench_caution.LASTS", {"pendulum": 6})
+    monkeypatch.setattr("kairos_gym.bench.pessimism.UPDATES", {"draft_steps": 20, "steps": 5})
+    monkeypatch.setattr("kairos_gym.bench.pessimism.LASTS", {"pendulum": 6})
     collect("Pendulum-v1", "pendulum/train-v0", seed=0, episodes=18, episode_steps=200)
     few = ["bench", "caution", "--task", "pendulum", "--episodes-of-data", "2", "--episodes", "2", "--penalties", "0"]
     main(few)
@@ -321,7 +321,7 @@ def test_calibrate_and_compare(
     monkeypatch.chdir(tmp_path)
     space = gym.make("Pendulum-v1").action_space
     few = scripted(space) + learned("Pendulum-v1", tmp_path / "policies", steps=64, progress=False)
-    monkeypatch.setattr("kairos_gym.compare.ladder", lambda env_id, **_: few)
+    monkeypatch.setattr("kairos_gym.evaluation.compare.ladder", lambda env_id, **_: few)
     main(["collect", "Pendulum-v1", "kairos/train-v0", "--episodes", "6", "--episode-steps", "40"])
     main(["collect", "Pendulum-v1", "kairos/more-v0", "--episodes", "40", "--episode-steps", "30", "--seed", "1"])
     main(["train", "kairos/train-v0", "model", "--draft-steps", "20", "--steps", "4", "--held-out", "2"])

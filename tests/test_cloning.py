@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import box_spec
 
-from kairos_gym.cloning import best, cloned
+from kairos_gym.policies.cloning import best, cloned
 from world_model.episodes import Episodes
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 
-from kairos_gym.collect import collect
+from kairos_gym.data.collect import collect
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,9 @@ def test_a_policy_of_ones_own() -> None:
 def test_a_killed_run_goes_on_and_gives_what_an_unbroken_one_gives(
     datasets: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = "from kairos_gym.collect import collect; collect('Pendulum-v1', 'pendulum/k-v0', seed=5, episodes=60)"
+    command = (
+        "from kairos_gym.data.collect import collect; collect('Pendulum-v1', 'pendulum/k-v0', seed=5, episodes=60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", command])
     journal = datasets / "pendulum" / ".k-v0.part" / "episodes.journal"
     while process.poll() is None and not (journal.exists() and journal.stat().st_size > 0):

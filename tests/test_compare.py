@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from envs import SimulatorDynamics
-from kairos_gym import comparison_page
-from kairos_gym.collect import collect
-from kairos_gym.compare import compare, expect_apart
-from kairos_gym.comparison import MODEL, SHUFFLED, Comparison
-from kairos_gym.experience import Experience, experience
-from kairos_gym.policies import Policy, scripted
-from kairos_gym.rollouts import play_real
-from kairos_gym.train import train
+from kairos_gym.data.collect import collect
+from kairos_gym.data.training_data import Experience, experience
+from kairos_gym.evaluation import page as comparison_page
+from kairos_gym.evaluation.compare import compare, expect_apart
+from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
+from kairos_gym.evaluation.rollouts import play_real
+from kairos_gym.learning.train import train
+from kairos_gym.policies.ladder import Policy, scripted
 from world_model.contract import Imagined
 from world_model.episodes import Episodes
 from world_model.state import LatentState
@@ -252,7 +252,7 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
         card["data"]["fingerprint"] = "another"
         with pytest.raises(ValueError, match="holds other episodes"):
             experience(card)
-        patch.setattr("kairos_gym.playing.ladder", lambda env_id, **_: policies(env_id))
+        patch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: policies(env_id))
         card["data"] |= {"behaviour": "ladder", "policy_seed": 0, "dataset": "pp/ladder-v0"}
         assert not experience(card).same, "trained policies are others on another machine, the recipe is the same"
         card["data"]["seed"] += 1

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from world_model import native
-from world_model.delta import delta, delta_chunked, delta_recurrent
+from world_model.ops import native
+from world_model.ops.delta_rule import delta, delta_chunked, delta_recurrent
 
 NAMES = ("q", "k", "v", "log_alpha", "beta", "state")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", exc_type=ImportError)
 
-from world_model.delta import delta, delta_chunked, delta_recurrent  # noqa: E402
-from world_model.delta_triton import delta_triton  # noqa: E402
+from world_model.ops.delta_rule import delta, delta_chunked, delta_recurrent  # noqa: E402
+from world_model.ops.delta_rule_triton import delta_triton  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 FORM: Any = delta_triton  # tensors may come as a list
@@ -144,6 +144,6 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_the_door_takes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAIROS_KERNELS", "torch")  # not the compiled form of a CPU
-    monkeypatch.setattr("world_model.delta.on_gpu", lambda *_: True)
+    monkeypatch.setattr("world_model.ops.delta_rule.on_gpu", lambda *_: True)
     out, _ = DOOR(*(x.requires_grad_() for x in on_device(*inputs(20, 20))))
     assert "_Delta" in type(out.grad_fn).__name__

@@ -18,7 +18,7 @@ from walks import Walk
 
 import kairos_gym
 from kairos_gym import DreamEnv, DreamVectorEnv
-from kairos_gym.steps import Inner, is_plain
+from kairos_gym.dream.steps import Inner, is_plain
 from world_model.contract import Imagined, Spec
 from world_model.state import LatentState
 

@@ -26,9 +26,9 @@ from envs import (
     set_state,
     state_from_observation,
 )
-from envs.oracle import _READOUTS
+from envs.simulator import _READOUTS
 from envs.swingup import earned
-from kairos_gym.plan import play_random
+from kairos_gym.evaluation.control import play_random
 from world_model.contract import Dynamics, State
 from world_model.state import LatentState
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from envs import SimulatorDynamics
-from kairos_gym.explain import draw, explain
+from kairos_gym.evaluation.explain import draw, explain
 from planners import CEM, MPPI, Objective, Planner
 
 

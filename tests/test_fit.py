@@ -18,10 +18,10 @@ from tiny import dreamt
 from torch import Tensor
 from toys import box_spec
 
-from world_model.config import WorldModelConfig
 from world_model.episodes import Episodes
-from world_model.fit import FitConfig, Run, fit
-from world_model.model import WorldModel
+from world_model.model.config import WorldModelConfig
+from world_model.model.world_model import WorldModel
+from world_model.training.fit import FitConfig, Run, fit
 
 SMALL: dict[str, Any] = dict(
     chunk=2, width=16, action_width=8, heads=1, head_dim=8, window=4, draft_width=24, draft_blocks=1

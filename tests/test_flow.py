@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from world_model.flow import MIN_S, corrupt, euler, shift, shift_factor, velocity_loss
+from world_model.ops.flow import MIN_S, corrupt, euler, shift, shift_factor, velocity_loss
 
 MEAN, STD = torch.tensor([2.0, -1.0], dtype=torch.float64), torch.tensor([0.5, 1.5], dtype=torch.float64)
 FACTORS = st.floats(0.05, 20)

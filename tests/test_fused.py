@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tiny import dreamt, tiny_model
 from torch import Tensor
 
-from world_model import native
 from world_model.contract import Imagined
-from world_model.fused import fused
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
+from world_model.ops import native
+from world_model.runtime.compiled_step import fused
 from world_model.state import LatentState
 
 try:

@@ -12,7 +12,7 @@ import kairos_gym
 from kairos_gym import DreamVectorEnv
 from planners import CEM, MPC, Gradient
 from world_model.contract import Imagined
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 from world_model.state import LatentState
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

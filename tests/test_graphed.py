@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from world_model.constants import held, index
 from world_model.contract import Imagined
-from world_model.delta import delta_chunked
-from world_model.frozen import made
-from world_model.graphed import MOST, Graphs, Repeated, graphed
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
+from world_model.ops.constants import held, index
+from world_model.ops.delta_rule import delta_chunked
+from world_model.runtime.cuda_graph import MOST, Graphs, Repeated, graphed
+from world_model.runtime.weight_cache import made
 from world_model.state import LatentState
 
 DEVICES = ("cpu", "meta")  # the first shows what is made of the host's numbers, the second what is copied from there
@@ -387,7 +387,7 @@ def test_where_none_can_be_captured_each_kernel_is_launched(
         return dream(*args)
 
     gpu.setattr(model, "dream", looks)
-    gpu.setattr("world_model.graphed._failed", BROKEN)
+    gpu.setattr("world_model.runtime.cuda_graph._failed", BROKEN)
     for _ in range(4):
         ours = model.imagine(state, actions)
     assert capsys.readouterr().err.count("without CUDA graphs") == 1

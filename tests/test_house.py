@@ -10,7 +10,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent
 ROOMS = ("world_model", "planners", "envs", "kairos_gym")
-CONTRACT = ("world_model.contract", "world_model.state", "world_model.vectors")
+CONTRACT = ("world_model.contract", "world_model.state", "world_model.spaces")
 ALLOWED = {"world_model": (), "planners": CONTRACT, "envs": CONTRACT, "kairos_gym": ROOMS}
 FILES = {
     ".".join(path.relative_to(HOUSE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from world_model import native
-from world_model.attention_cpu import attend_streams
-from world_model.config import WorldModelConfig
-from world_model.layers import Layer, chain, norm_linear, silu_linear
-from world_model.mot import Block
-from world_model.window import Layout, attend
+from world_model.model.config import WorldModelConfig
+from world_model.model.transformer import Block
+from world_model.ops import native
+from world_model.ops.linear import Layer, chain, norm_linear, silu_linear
+from world_model.ops.window_attention import Layout, attend
+from world_model.ops.window_attention_cpu import attend_streams
 
 try:
     native.library("dense")

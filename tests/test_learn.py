@@ -18,9 +18,9 @@ from toys import PointMass
 
 from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
-from kairos_gym.learn import learn as learn_in_dream
+from kairos_gym.learning.learn import learn as learn_in_dream
+from kairos_gym.policies.sb3 import ALGORITHMS, Algorithm, Judged, Mixed, Record, judge, learn, make
 from planners import Cautious
-from planners.policy import ALGORITHMS, Algorithm, Judged, Mixed, Record, judge, learn, make
 from world_model.episodes import Starts
 
 

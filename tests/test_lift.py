@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from envs import Expert, SimulatorDynamics, make_real
-from envs.rewards import lifted, simple_lift, staged_lift
-from kairos_gym import collect as recording
-from kairos_gym.bench_lift import PLANNER, lift, wilson
-from kairos_gym.collect import collect, simulator_of
+from envs.robosuite.rewards import lifted, simple_lift, staged_lift
+from kairos_gym.bench.lift import PLANNER, lift, wilson
+from kairos_gym.data import collect as recording
+from kairos_gym.data.actors import TURNS
+from kairos_gym.data.collect import collect, simulator_of
+from kairos_gym.evaluation.control import plan
 from kairos_gym.models import load
-from kairos_gym.plan import plan
-from kairos_gym.playing import TURNS
-from kairos_gym.policies import ladder
+from kairos_gym.policies.ladder import ladder
 from planners import CEM, MPC, Objective
 
 robosuite = pytest.importorskip("robosuite", exc_type=ImportError)

@@ -16,13 +16,13 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from toys import PointMass, box_spec
 
 from kairos_gym import DreamVecEnv
-from kairos_gym.learn import judges, replay
-from kairos_gym.loop import REAL_SHARE, Loop, Measured, _cut, loop
-from kairos_gym.loop_config import LoopConfig
+from kairos_gym.learning.learn import judges, replay
+from kairos_gym.learning.loop import REAL_SHARE, Loop, Measured, _cut, loop
+from kairos_gym.learning.loop_config import LoopConfig
+from kairos_gym.policies.sb3 import judge, make
 from planners import Cautious
-from planners.policy import judge, make
 from world_model.episodes import Episodes, Starts
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 
 QUICK: dict[str, Any] = dict(round_steps=50, horizon=8, updates=1, dreams=8, draft_steps=20, memory_steps=2)
 

@@ -16,10 +16,11 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from tiny import dreamt, tiny_model  # noqa: E402
 
-from world_model import delta, mot  # noqa: E402
-from world_model.config import WorldModelConfig  # noqa: E402
-from world_model.mot import Block  # noqa: E402
-from world_model.window import Layout  # noqa: E402
+from world_model.model import transformer as mot  # noqa: E402
+from world_model.model.config import WorldModelConfig  # noqa: E402
+from world_model.model.transformer import Block  # noqa: E402
+from world_model.ops import delta_rule as delta  # noqa: E402
+from world_model.ops.window_attention import Layout  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES, dreamt, tiny_model
 from toys import box_spec
 
-from world_model.config import WorldModelConfig
 from world_model.contract import Dynamics, Spec
-from world_model.model import Starts, WorldModel, save_atomically, write_atomically
+from world_model.model.config import WorldModelConfig
+from world_model.model.world_model import Starts, WorldModel, save_atomically, write_atomically
 from world_model.state import LatentState
 
 

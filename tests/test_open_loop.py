@@ -13,10 +13,10 @@ from minari.data_collector import EpisodeBuffer
 from tiny import tiny_model
 from toys import PointMass
 
-from kairos_gym.collect import collect
-from kairos_gym.open_loop import OpenLoop, Windows, open_loop, score
+from kairos_gym.data.collect import collect
+from kairos_gym.evaluation.open_loop import OpenLoop, Windows, open_loop, score
 from world_model.episodes import Episodes
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from kairos_gym.collect import collect
-from kairos_gym.policies import fingerprint, learned, load, noisy, scripted
+from kairos_gym.data.collect import collect
+from kairos_gym.policies.ladder import fingerprint, learned, load, noisy, scripted
 from world_model.episodes import Episodes
 
 SPACES = [spaces.Box(-2, 1, (2, 2)), spaces.Box(0, 1, (3,), np.float64), spaces.Discrete(3, start=1)]
@@ -95,7 +95,7 @@ def test_every_policy_takes_its_turn_in_a_dataset(
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     turns = scripted(gym.make("Pendulum-v1").action_space) + learned("Pendulum-v1", folder, steps=64, progress=False)
-    monkeypatch.setattr("kairos_gym.playing.ladder", lambda env_id, **_: turns)
+    monkeypatch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: turns)
     about = dict(seed=0, episode_steps=12, behaviour="ladder", progress=False)
     whole = collect("Pendulum-v1", "a-v0", episodes=12, **about)  # type: ignore[arg-type]
     episodes = Episodes.from_minari(whole)
@@ -104,6 +104,6 @@ def test_every_policy_takes_its_turn_in_a_dataset(
     assert whole.storage.metadata["recipe"]["policies"] == fingerprint("Pendulum-v1", turns)
     again = Episodes.from_minari(collect("Pendulum-v1", "b-v0", episodes=12, **about))  # type: ignore[arg-type]
     assert again.fingerprint() == episodes.fingerprint()
-    monkeypatch.setattr("kairos_gym.playing.ladder", lambda env_id, **_: turns[:9])
+    monkeypatch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: turns[:9])
     with pytest.raises(ValueError, match="collected with policies"):
         collect("Pendulum-v1", "a-v0", episodes=12, **about)  # type: ignore[arg-type]

@@ -17,11 +17,11 @@ from gymnasium.utils.env_checker import check_env
 
 import kairos_gym  # noqa: F401  (names the tasks)
 from envs import SimulatorDynamics, get_state, make_real, observation_of, set_state, state_from_observation
-from envs.embodiments import CONTROLLERS, EMBODIMENTS
-from envs.experts import Expert
-from envs.robosuite import _resize
+from envs.robosuite.embodiments import CONTROLLERS, EMBODIMENTS
+from envs.robosuite.env import _resize
+from envs.robosuite.experts import Expert
+from world_model.spaces import flatten
 from world_model.state import LatentState
-from world_model.vectors import flatten
 
 robosuite = pytest.importorskip("robosuite", exc_type=ImportError)  # it also needs libGL
 mujoco = pytest.importorskip("mujoco")

@@ -18,7 +18,7 @@ from toys import PointMass
 from walks import Walk
 
 from kairos_gym import DreamEnv, DreamVecEnv, load
-from kairos_gym.plan import plan
+from kairos_gym.evaluation.control import plan
 from planners import CEM, MPC
 
 
@@ -118,7 +118,7 @@ def test_ppo_learns_in_a_dream() -> None:
 
 
 def test_a_planner_is_a_policy_for_sb3() -> None:
-    """``evaluate_policy`` plays real episodes with an MPC, side by side, as ``kairos_gym.plan`` does."""
+    """``evaluate_policy`` plays real episodes with an MPC, side by side, as ``kairos_gym.evaluation.control`` does."""
     planner = CEM(horizon=5, candidates=16, elites=4, iterations=2)
     sims = DummyVecEnv([lambda: Monitor(gym.make("Pendulum-v1"))] * 3)
     sims.seed(100)

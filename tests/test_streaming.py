@@ -15,13 +15,13 @@ from tiny import SIZES, dreamt, tiny_model
 from torch import Tensor
 from toys import box_spec
 
-from world_model.config import WorldModelConfig
 from world_model.episodes import Episodes
-from world_model.fit import FitConfig, fit
-from world_model.model import Guess, WorldModel
+from world_model.model.config import WorldModelConfig
+from world_model.model.world_model import Guess, WorldModel
 from world_model.noise import normal
+from world_model.ops.window_attention import Layout
 from world_model.state import LatentState
-from world_model.window import Layout
+from world_model.training.fit import FitConfig, fit
 
 TIGHT: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 PATTERNS = st.text("SDG", min_size=1, max_size=4)

@@ -13,12 +13,12 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import dreamer
 
-from kairos_gym.calibrate import coverage, doubted, draw, trust_in
-from kairos_gym.dream_env import DreamEnv
-from kairos_gym.dream_vector_env import DreamVectorEnv
-from kairos_gym.sb3 import DreamVecEnv
+from kairos_gym.dream.env import DreamEnv
+from kairos_gym.dream.sb3_vec_env import DreamVecEnv
+from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.evaluation.calibrate import coverage, doubted, draw, trust_in
 from world_model.episodes import Episodes
-from world_model.model import WorldModel
+from world_model.model.world_model import WorldModel
 from world_model.trust import LEVELS, Dreamed, Trust, conformal, fit_trust
 
 

@@ -15,11 +15,11 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kairos_gym.collect import collect
-from kairos_gym.train import train
+from kairos_gym.data.collect import collect
+from kairos_gym.learning.train import train
 from world_model.contract import Spec
-from world_model.model import WorldModel
-from world_model.vectors import ActionCheck, alike, chunked, flat_box, flatten, unflatten
+from world_model.model.world_model import WorldModel
+from world_model.spaces import ActionCheck, alike, chunked, flat_box, flatten, unflatten
 
 BOX = spaces.Box(np.array([[-1, 0], [2, -5]], np.float32), np.array([[1, 3], [4, np.inf]], np.float32))
 SPACES: dict[str, spaces.Space] = {

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from world_model.window import Layout, attend, visible
+from world_model.ops.window_attention import Layout, attend, visible
 
 
 @given(

@@ -12,14 +12,14 @@ from gymnasium.utils.env_checker import check_env
 
 import kairos_gym
 from envs import SimulatorDynamics
-from kairos_gym.calibrate import draw
-from kairos_gym.collect import collect
+from kairos_gym.data.collect import collect
+from kairos_gym.evaluation.calibrate import draw
+from kairos_gym.evaluation.control import plan
+from kairos_gym.evaluation.open_loop import open_loop
+from kairos_gym.learning.recipes import RECIPES
 from kairos_gym.models import ZOO
-from kairos_gym.open_loop import open_loop
-from kairos_gym.plan import plan
-from kairos_gym.recipes import RECIPES
 from planners import CEM
-from world_model.baselines import fit_constant
+from world_model.dynamics.baselines import fit_constant
 from world_model.episodes import Episodes
 
 

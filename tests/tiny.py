@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from toys import box_spec
 
-from world_model.config import WorldModelConfig
 from world_model.contract import Imagined
-from world_model.model import Starts, WorldModel
+from world_model.model.config import WorldModelConfig
+from world_model.model.world_model import Starts, WorldModel
 
 SIZES: dict[str, Any] = dict(
     width=8, action_width=6, heads=2, head_dim=4, window=3, dilation=2, taps=2, draft_width=8, draft_blocks=1

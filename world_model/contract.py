@@ -11,7 +11,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from world_model.vectors import flat_box
+from world_model.spaces import flat_box
 
 # Letters, everywhere in this project: B batch (dreams), K steps in a chunk, H chunks planned, N candidates, T frames,
 # A action dim, O observation dim, P tokens per frame, D model width, L layers.
@@ -22,7 +22,7 @@ class Spec:
     """What a ``Dynamics`` takes and gives: the simulator's own spaces, for a single step.
 
     Observations are a Box of real numbers, or a Dict of such; actions a Box or Discrete. A ``Dynamics`` has them as
-    vectors [O] and [A] (see ``world_model.vectors``), whose bounds are ``observation_box`` and ``action_box``.
+    vectors [O] and [A] (see ``world_model.spaces``), whose bounds are ``observation_box`` and ``action_box``.
     ``chunk`` is the longest K that one ``imagine`` call takes; any K from 1 to ``chunk`` is allowed.
     ``dt`` is the simulated time of one step, in seconds.
     """

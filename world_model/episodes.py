@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from world_model.contract import Spec
-from world_model.vectors import flatten
+from world_model.spaces import flatten
 
 
 @dataclass(frozen=True)

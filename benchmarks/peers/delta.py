@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore")  # that there is no GPU is said below
 
 from fla.ops.gated_delta_rule import naive  # noqa: E402
 
-from world_model.delta import delta, delta_chunked  # noqa: E402
+from world_model.ops.delta_rule import delta, delta_chunked  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

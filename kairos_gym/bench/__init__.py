@@ -1,0 +1,1 @@
+"""The figures of README and docs, each by one command."""

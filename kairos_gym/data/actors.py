@@ -1,0 +1,223 @@
+"""Plays the episodes that are recorded, one after the other or in several processes, in the same order either way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from kairos_gym.policies.ladder import Policy, alone, ladder
+
+Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
+Episode = dict[str, NDArray[Any]]
+LONGEST_HOLD = 8  # steps
+# What the expert is like by turns. A planner tries what no expert does, so in half of the episodes random actions take
+# over now and then.
+TURNS: tuple[dict[str, Any], ...] = (
+    {},
+    {"noise": 0.3},
+    {"noise": 0.1, "failure": "offset"},
+    {"noise": 0.1, "failure": "drop"},
+    *({"noise": noise, "interrupted": True} for noise in (0.0, 0.1, 0.2, 0.4)),
+)
+LONGEST_SPELL, LONGEST_INTERRUPTION = 30, 12  # steps
+DEATHS = 3  # of workers, one after the other without an episode between them, until it is given up
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is played: an episode is a function of this and of its number. See ``collect``."""
+
+    env_id: str
+    episode_steps: int | None
+    seed: int
+    behaviour: Behaviour
+    policy_seed: int
+    policy: Callable[[Any], Any] | None
+
+    def env(self) -> gym.Env:
+        """The simulator."""
+        from envs import make_real  # the roof loads no simulator before somebody needs one
+
+        return make_real(
+            self.env_id, **({} if self.episode_steps is None else {"max_episode_steps": self.episode_steps})
+        )
+
+    def turns(self, progress: bool) -> list[Policy]:
+        """The policies that play by turns; none where another behaviour plays."""
+        return ladder(self.env_id, seed=self.policy_seed, progress=progress) if self.behaviour == "ladder" else []
+
+
+def play_on(
+    script: Script, env: gym.Env, turns: list[Policy], first: int, workers: int
+) -> Generator[Episode, None, None]:
+    """Episodes ``first``, ``first`` + 1, ... without end, in that order.
+
+    With several ``workers`` these play, each in a process of its own; ``env`` and ``turns`` serve a single one. A
+    worker that dies is replaced, and what it was playing is played again. Raises RuntimeError where that doesn't help.
+    """
+    if workers == 1:
+        for index in count(first):
+            yield play(script, env, turns, index)
+    pool, deaths, index = _pool(script, workers), 0, first
+    playing: dict[int, Future[Episode]] = {}
+    try:
+        while True:
+            try:
+                for ahead in range(index, index + 2 * workers):
+                    if ahead not in playing:
+                        playing[ahead] = pool.submit(_play, ahead)
+                episode = playing[index].result()
+            except BrokenProcessPool as error:
+                deaths += 1
+                if deaths == DEATHS:
+                    raise RuntimeError(
+                        f"workers died {DEATHS} times before episode {index} was played; see what they wrote above, "
+                        "and try one worker (workers=1, --workers 1)"
+                    ) from error
+                pool.shutdown(wait=False)
+                pool = _pool(script, workers)
+                playing = {i: future for i, future in playing.items() if future.done() and future.exception() is None}
+                continue
+            del playing[index]
+            index, deaths = index + 1, 0
+            yield episode
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episode:
+    """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
+
+    Where there are ``turns``, one of them plays it. "success" [1], where the simulator tells of it.
+    """
+    rng = np.random.default_rng([script.seed, index])
+    env_seed = int(rng.integers(2**31))
+    held = script.behaviour == "held" or (script.behaviour == "mixed" and index % 2 == 1)
+    drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
+    obs, _ = env.reset(seed=env_seed)
+    policy = _expert(env, rng, index) if script.behaviour == "expert" else script.policy
+    observations, rewards = [obs], []
+    actions: list[Any] = []
+    terminations: list[bool] = []
+    truncations: list[bool] = []
+    solved: bool | None = None
+    while not (terminations and (terminations[-1] or truncations[-1])):
+        if turns:
+            action = turns[index % len(turns)].act(alone(obs), len(actions), np.array([env_seed]))[0]
+        else:
+            action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
+        obs, reward, terminated, truncated, info = env.step(action)
+        observations.append(obs)
+        actions.append(action)
+        rewards.append(float(reward))
+        terminations.append(bool(terminated))
+        truncations.append(bool(truncated))
+        told = says_success(info)
+        solved = solved if told is None else bool(solved) or told
+    success = {} if solved is None else {"success": np.array([solved])}
+    return {
+        **success,
+        "seed": np.array([env_seed]),
+        **_stacked("observations", observations),
+        "actions": np.stack(actions),
+        "rewards": np.array(rewards),
+        "terminations": np.array(terminations),
+        "truncations": np.array(truncations),
+    }
+
+
+def says_success(info: dict[str, Any]) -> bool | None:
+    """What a simulator says of success in a step's ``info``; None where it says nothing."""
+    for key in ("is_success", "success"):
+        if key in info:
+            return bool(info[key])
+    return None
+
+
+def _pool(script: Script, workers: int) -> ProcessPoolExecutor:
+    # Not forked: a process that has used torch's threads can't be.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (script,))
+
+
+_mine: tuple[Script, gym.Env, list[Policy]] | None = None  # a worker's own
+
+
+def _begin(script: Script) -> None:
+    global _mine
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
+    torch.set_num_threads(1)
+    _mine = script, script.env(), script.turns(progress=False)
+
+
+def _play(index: int) -> Episode:
+    assert _mine is not None
+    return play(*_mine, index)
+
+
+def _stacked(name: str, values: list[Any]) -> Episode:
+    """Elements of a space as columns [T,...]; the parts of a Dict have their keys in their column's name."""
+    if not isinstance(values[0], dict):
+        return {name: np.stack(values)}
+    columns: Episode = {}
+    for key in values[0]:
+        columns |= _stacked(f"{name}/{key}", [value[key] for value in values])
+    return columns
+
+
+def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterator[Any]:
+    """Uniform actions without end, each for a uniform number of steps from 1 to ``longest``."""
+    while True:
+        if isinstance(space, spaces.Discrete):
+            action = space.start + rng.integers(space.n)
+        else:
+            assert isinstance(space, spaces.Box)
+            action = rng.uniform(space.low, space.high).astype(space.dtype)
+        for _ in range(rng.integers(1, longest + 1)):
+            yield action
+
+
+def _expert(env: gym.Env, rng: np.random.Generator, index: int) -> Callable[[Any], Any]:
+    """The expert of episode number ``index``, one of TURNS."""
+    from envs import Expert
+
+    turn = dict(TURNS[index % len(TURNS)])
+    interrupted = turn.pop("interrupted", False)
+    expert = Expert(env, **turn, seed=int(rng.integers(2**31)))
+    if not interrupted:
+        return expert
+    # Independent actions, as a planner's candidates are, and held ones, which get farther.
+    others = [_actions(rng, env.action_space, longest) for longest in (1, LONGEST_HOLD)]
+
+    def playing() -> Iterator[Iterator[Any] | None]:
+        """Who plays, step by step; None for the expert."""
+        while True:
+            yield from [None] * int(rng.integers(1, LONGEST_SPELL + 1))
+            yield from [others[rng.integers(2)]] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
+
+    turns = playing()
+
+    def act(obs: Any) -> Any:
+        other = next(turns)
+        return expert(obs) if other is None else next(other)
+
+    return act
+
+
+def _policy_action(policy: Callable[[Any], Any], obs: Any, space: gym.Space) -> NDArray[Any]:
+    action = np.asarray(policy(obs), dtype=space.dtype)
+    if not space.contains(action):
+        raise ValueError(f"the policy's action {action!r} is not in the action space {space}: rescale what it returns")
+    return action

@@ -1,0 +1,1 @@
+"""Dreams as Gymnasium, vector and Stable-Baselines3 environments."""

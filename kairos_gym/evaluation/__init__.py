@@ -1,0 +1,1 @@
+"""What is measured: dreams and plans against the real simulator."""

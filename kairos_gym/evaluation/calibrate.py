@@ -1,0 +1,149 @@
+"""Calibrates a model's idea of its own error on recorded episodes that its training left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kairos_gym.data.collect import recorded
+from kairos_gym.data.training_data import experience
+from kairos_gym.evaluation.open_loop import CONTEXT, Windows, expect_simulator, held_out
+from kairos_gym.models import load
+from world_model.contract import Dynamics, Imagined
+from world_model.episodes import Episodes
+from world_model.model.world_model import WorldModel
+from world_model.trust import Dreamed, Trust, fit_trust
+
+HORIZON = 64  # steps, the longest dream that is calibrated
+LEAST = 32  # dreams that a calibration asks for
+
+
+def calibrate(
+    model: str | Path, dataset_ids: str | Sequence[str], out: str | Path | None = None, *, seed: int = 0
+) -> WorldModel:
+    """Calibrate ``model`` on Minari datasets -> the model with its ``trust``, saved in ``out`` or its own folder.
+
+    Only episodes that its training left out count. The first half of them teaches the rule by which a dream's doubt
+    grows, the second says how large the errors are beside it (``world_model.trust``): where other policies played
+    these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1 to 16 real frames, and
+    go on for up to 64 steps.
+
+    Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or holds an episode that
+    the model was trained on, and where they hold too few episodes; FileNotFoundError without such a model or dataset;
+    and what ``experience`` raises where the model's training data can't be had.
+    """
+    world = load(model)
+    if out is None and not Path(model).is_dir():
+        raise ValueError(f"say where to save it (out, --out): model {str(model)!r} is not a folder")
+    parts, names = [], [dataset_ids] if isinstance(dataset_ids, str) else list(dataset_ids)
+    if not names:
+        raise ValueError("name one dataset or more to calibrate on")
+    for name in names:
+        dataset = recorded(name)
+        expect_simulator(world, f"model {str(model)!r}", dataset)
+        left_out, total = held_out(world, name), dataset.total_episodes
+        fresh = range(0 if left_out is None else max(0, total - left_out), total)
+        if not fresh:
+            raise ValueError(f"training used all of {name}: record another dataset")
+        parts.append(Episodes.from_minari(dataset, fresh))
+    trained_on = experience(world.card).episodes
+    for name, part in zip(names, parts, strict=True):
+        if known := int(trained_on.holds(part).sum()):
+            raise ValueError(f"{known} episodes of {name} are in the model's training data: record others")
+    trust_in(world, trained_on, parts, names, seed=seed)
+    world.save_pretrained(Path(model) if out is None else out)
+    return world
+
+
+def trust_in(
+    world: WorldModel, trained_on: Episodes, parts: Sequence[Episodes], names: Sequence[str], *, seed: int = 0
+) -> None:
+    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, the datasets ``names``.
+
+    The first half of the datasets teaches the rule; of a single one, the first half of its episodes.
+    Raises ValueError where they give too few dreams.
+    """
+    episodes = Episodes.join(parts)
+    windows = draw(episodes, seed)
+    cut = taught(windows, parts)
+    if min(cut, len(windows.at) - cut) < LEAST // 2:
+        raise ValueError(
+            f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
+        )
+    unit, measured = world.scaling.obs_std, windows.part(slice(cut, None))
+    world.trust = fit_trust(
+        world.fingerprint(),
+        trained_on.steps(),
+        doubted(world, windows.part(slice(cut)), unit),
+        doubted(world, measured, unit),
+        doubted(world, measured, unit, measured.dream(world, chunk=world.spec.chunk)),
+        seed=seed,
+    )
+    counts = world.trust.counts
+    world.card = {
+        **world.card,
+        "trust": {"calibrated_on": list(names), "dreams": {f"h{h}": int(counts[h - 1]) for h in (1, 8, 32, 64)}},
+    }
+
+
+def taught(windows: Windows, parts: Sequence[Episodes]) -> int:
+    """How many of the ``windows`` of all ``parts`` teach the rule; those behind them are measured."""
+    first = windows.episodes.starts()
+    boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[: len(parts) // 2])
+    return int((windows.at < boundary).sum())
+
+
+def draw(episodes: Episodes, seed: int) -> Windows:
+    """Stretches that don't overlap, as many as the episodes have room for: 1 to 16 frames seen, up to 64 steps dreamed.
+
+    Those of one episode stand together; a short episode gives one that begins anywhere in it.
+    """
+    rng = np.random.default_rng(seed)
+    at, seen = [], []
+    for first in episodes.starts().tolist():
+        frames = int(episodes.left[first]) + 1
+        pieces = max(1, frames // (CONTEXT + HORIZON))
+        size = frames // pieces
+        for piece in range(pieces):
+            last = max(size - HORIZON, size - 1 if pieces == 1 and size <= HORIZON else 1)
+            here = int(rng.integers(0, last))
+            at.append(first + piece * size + here)
+            seen.append(int(rng.integers(1, min(CONTEXT, here + 1) + 1)))
+    return Windows(episodes, torch.tensor(at), torch.tensor(seen), HORIZON)
+
+
+def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> Dreamed:
+    """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
+    imagined = windows.dream(dynamics) if imagined is None else imagined
+    assert imagined.obs is not None
+    error = windows.against(imagined, unit).obs_error.square().mean(-1).sqrt()
+    start = windows.episodes.obs[windows.at][:, None]
+    before = torch.cat([start, imagined.obs[:, :-1]], 1)
+    return Dreamed(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
+
+
+def coverage(
+    dreams: Dreamed, trust: Trust, horizons: Sequence[int] = (1, 8, 32, 64), confidence: float = 0.9, chunk: int = 1
+) -> dict[str, dict[str, float]]:
+    """How often the bound held after each of ``horizons`` steps ("coverage"), and how wide it was ("mean", "median").
+
+    "error" is the error's own quantile in these dreams: what the best bound would be that knows the steps alone.
+    """
+    bound, widths, found = dreams.bound(trust, confidence, chunk), trust.widths(confidence, chunk), {}
+    for h in [h for h in horizons if bool(widths[h - 1].isfinite())]:  # a bound that says nothing holds always
+        error, width = dreams.error[:, h - 1], bound[:, h - 1]
+        lasts = ~error.isnan()
+        error, width = error[lasts], width[lasts]
+        if len(error):
+            found[f"h{h}"] = {
+                "dreams": len(error),
+                "coverage": (error <= width).float().mean().item(),
+                "mean": width.mean().item(),
+                "median": width.median().item(),
+                "error": torch.quantile(error, confidence).item(),
+            }
+    return found

@@ -1,0 +1,291 @@
+"""What a comparison of a dream with its simulator found, and every number that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kairos_gym.data.training_data import Experience
+from kairos_gym.evaluation.agreement import Agreement, agreement
+from kairos_gym.evaluation.calibrate import coverage
+from kairos_gym.evaluation.memory_bounds import MemoryDrift
+from kairos_gym.evaluation.open_loop import OpenLoop, Windows
+from kairos_gym.evaluation.rollouts import Result, Rollouts
+from kairos_gym.report import machine
+from world_model.contract import Imagined
+from world_model.trust import Dreamed, Trust
+
+OFF = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # how far off the simulator itself is started, in std of each coordinate
+SHOWN = (1e-3, 1e-2)  # of these, the ones that every table shows
+MODEL = "the model"
+SHUFFLED = "the model, actions shuffled"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Episodes' ends in the W open-loop stretches, simulated and dreamed."""
+
+    both: int
+    only_simulated: int
+    only_dreamed: int
+    neither: int
+    steps_apart: float | None  # median, where both end
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Simulator steps a second of thread CPU time, on one thread; medians of interleaved rounds."""
+
+    simulator: float
+    dream: dict[int, float]  # by the number of dreams side by side
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that ``compare`` measured. ``numbers`` is all of it as JSON takes it."""
+
+    name: str  # of the model
+    dt: float  # seconds of a simulator step
+    chunk: int
+    rollouts: Rollouts
+    windows: Windows
+    std: Tensor  # [O] the unit of every observation error
+    dreamed: Imagined  # [W,h,...] the model's dream of the windows
+    errors: dict[str, OpenLoop]  # open loop, by the name of the dynamics; the model is the first
+    results: dict[str, Result]  # closed loop, likewise
+    ends: Ends
+    speed: Speed
+    trust: Trust | None  # the model's own, where it was calibrated
+    doubted: Dreamed  # the windows, as ``trust`` sees them
+    memory: dict[int, MemoryDrift]  # of each gated-delta layer: written from dreamed and from real frames
+    state_bytes: dict[int, int]  # what one dream remembers, by the steps that it has made
+    experience: Experience | None  # what the references were fitted on
+
+    @property
+    def horizons(self) -> list[int]:
+        """1, 8, 32 and the longest that was dreamed."""
+        longest = self.windows.horizon
+        return sorted({h for h in (1, 8, 32) if h < longest} | {longest})
+
+    def of_policy(self, p: int) -> Tensor:
+        """The windows that policy ``p`` played, int64."""
+        per = len(self.rollouts.seeds)
+        return torch.arange(p * per, (p + 1) * per)
+
+    def drift(self, imagined: Imagined) -> Tensor:
+        """How far the distribution of dreamed states is from that of the simulated ones -> [h,O], in std.
+
+        The 1-Wasserstein distance of each dimension at each step, over the windows that last so long.
+        """
+        real, *_, valid = self.windows.real
+        assert imagined.obs is not None
+        apart = []
+        for t in range(self.windows.horizon):
+            two = ((x[valid[:, t], t] / self.std).sort(0).values for x in (imagined.obs, real))
+            dreamed, simulated = two
+            apart.append(
+                (dreamed - simulated).abs().mean(0) if len(simulated) else torch.full_like(self.std, torch.nan)
+            )
+        return torch.stack(apart)
+
+    def equivalent(self, horizon: int) -> float | None:
+        """How far off a start, in std of its coordinates, makes the simulator as wrong as the model in the median.
+
+        Interpolated between the starts of ``OFF`` on logarithmic scales; NaN beyond them, None without a simulator.
+        """
+        pairs = [(by, self.errors[off(by)].nrmse(horizon)) for by in OFF if off(by) in self.errors]
+        wrong = self.errors[MODEL].nrmse(horizon)
+        if not pairs or not len(wrong):
+            return None
+        x = np.log([max(errors.median().item(), 1e-12) for _, errors in pairs])
+        y, at = np.log([by for by, _ in pairs]), math.log(max(wrong.median().item(), 1e-12))
+        order = np.argsort(x)
+        return math.exp(np.interp(at, x[order], y[order])) if x.min() <= at <= x.max() else math.nan
+
+    def usable(self, error: OpenLoop, limit: float) -> int:
+        """How many steps the median dream stays within an NRMSE of ``limit``; 0 where not even one."""
+        medians = [error.nrmse(h) for h in range(1, self.windows.horizon + 1)]
+        over = [i for i, e in enumerate(medians) if not len(e) or e.median() > limit]
+        return over[0] if over else self.windows.horizon
+
+    def foreseen(self, horizon: int) -> dict[str, Any]:
+        """How well the highest reward dreamed within ``horizon`` steps tells the windows that are solved in that time.
+
+        The area under the ROC curve, 0.5 for guessing, NaN where all windows or none are solved. Left out are those
+        that begin solved, and those whose recording ends too early to know.
+        """
+        solved = self.rollouts.solved
+        assert solved is not None
+        *_, ended, valid = (x[:, :horizon] for x in self.windows.real)
+        frames = (self.windows.at[:, None] + torch.arange(1, horizon + 1)).clamp_max(len(solved) - 1)
+        truly = (solved[frames] & valid).any(1)
+        known = ~solved[self.windows.at] & (truly | ended.any(1) | valid.all(1))
+        most = self.dreamed.reward[:, :horizon].nan_to_num(-torch.inf).amax(1)[known]
+        truly = truly[known]
+        won, lost = most[truly], most[~truly]
+        above = (won[:, None] > lost).float() + 0.5 * (won[:, None] == lost).float()
+        return {"auc": above.mean().item(), "solved": len(won), "not": len(lost)}
+
+    def agreement(self, name: str) -> Agreement:
+        """How the returns of the dynamics ``name`` agree with the simulator's."""
+        return agreement(self.results[name].returns, self.rollouts.result.returns)
+
+    def numbers(self) -> dict[str, Any]:
+        """Every figure, as plain numbers, lists and dicts; what is not a number is None."""
+        rollouts, names = self.rollouts, [policy.name for policy in self.rollouts.policies]
+        h = self.horizons
+        reward = self.windows.real[2][self.windows.real[4]]
+        mine, drift = self.errors[MODEL], self.drift(self.dreamed)
+        found = {
+            "model": self.name,
+            "env": rollouts.env_id,
+            "machine": machine(),
+            "settings": {
+                "chunk": self.chunk,
+                "episodes": len(rollouts.seeds),
+                "seeds": [int(rollouts.seeds[0]), int(rollouts.seeds[-1])],
+                "starts_refused_as_solved": rollouts.refused,
+                "time_limit": rollouts.limit,
+                "windows": len(self.windows.at),
+                "context": int(self.windows.seen.max()),
+                "horizon": self.windows.horizon,
+                "references_fitted_on": None if self.experience is None else self.experience.name,
+                "references_had_the_same_data": self.experience is not None and self.experience.same,
+            },
+            "error_by_horizon": {name: {t: spread(e.nrmse(t)) for t in h} for name, e in self.errors.items()},
+            "median_error_at_every_step": {
+                name: [_median(e.nrmse(t)) for t in range(1, self.windows.horizon + 1)]
+                for name, e in self.errors.items()
+            },
+            "steps_within": {
+                name: {str(limit): self.usable(e, limit) for limit in (0.1, 0.3)} for name, e in self.errors.items()
+            },
+            "equivalent_perturbation": {t: self.equivalent(t) for t in h},
+            "error_by_policy": {
+                name: {t: spread(mine.part(self.of_policy(p)).nrmse(t)) for t in h} for p, name in enumerate(names)
+            },
+            "error_by_dimension": {t: _rms(mine.obs_error[:, t - 1]).tolist() for t in h},
+            "reward_error": {
+                # Where every step pays the same, there is no std to measure by.
+                name: {t: _rms(e.reward_error[:, t - 1, None]).item() / (reward.std().item() or math.nan) for t in h}
+                for name, e in self.errors.items()
+            },
+            "ends": asdict(self.ends),
+            "foreseen_success": None if rollouts.solved is None else {t: self.foreseen(t) for t in h},
+            "drift": {t: drift[t - 1].tolist() for t in h},
+            "policies": {
+                name: {
+                    "simulated": _played(rollouts.result, p),
+                    **{who: _played(result, p) for who, result in self.results.items()},
+                }
+                for p, name in enumerate(names)
+            },
+            "agreement": {name: _told(self.agreement(name), names) for name in self.results},
+            "trust": self._trusted(),
+            "memory": {layer: _remembered(drift, h) for layer, drift in self.memory.items()},
+            "speed": asdict(self.speed),
+            "state_bytes": self.state_bytes,
+        }
+        return _plain(found)
+
+    def _trusted(self) -> dict[str, Any] | None:
+        """How often the bound of 90% held, over all windows and over those of each policy."""
+        if self.trust is None:
+            return None
+        h = [t for t in self.horizons if t <= self.trust.horizon]
+        whole = {"all": coverage(self.doubted, self.trust, h, chunk=self.chunk)}
+        return whole | {
+            policy.name: coverage(self.doubted.part(self.of_policy(p)), self.trust, h, chunk=self.chunk)
+            for p, policy in enumerate(self.rollouts.policies)
+        }
+
+    def log(self, folder: str | Path) -> None:
+        """The figures by horizon and the headline as TensorBoard scalars in ``folder``."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        numbers = self.numbers()
+        with SummaryWriter(str(folder)) as writer:
+            for name, medians in numbers["median_error_at_every_step"].items():
+                for t, error in enumerate(medians, 1):
+                    if error is not None:
+                        writer.add_scalar(f"median error/{name}", error, t)
+            for name, told in numbers["agreement"].items():
+                for what in ("pearson", "spearman", "regret"):
+                    if told[what][0] is not None:
+                        writer.add_scalar(f"{what}/{name}", told[what][0], 0)
+
+
+def spread(error: Tensor) -> dict[str, float | int | None]:
+    """RMS, median and quantiles of the errors [n] of n dreams."""
+    if not len(error):
+        return {"n": 0, "rms": None, "median": None}
+    quantiles = {f"q{int(100 * q)}": torch.quantile(error, q).item() for q in (0.1, 0.25, 0.75, 0.9)}
+    return {"n": len(error), "rms": _rms(error[:, None]).item(), "median": error.median().item(), **quantiles}
+
+
+def off(by: float) -> str:
+    return f"simulator, {by:g} std off"
+
+
+def steps_of(h: int | str) -> str:
+    """1 step, 2 steps, ..."""
+    return f"{h} step{'' if str(h) == '1' else 's'}"
+
+
+def _remembered(drift: MemoryDrift, horizons: list[int]) -> dict[str, Any]:
+    """Medians over the windows, of each head; errors and bounds over the memory's own size."""
+
+    def by_step(x: Tensor) -> dict[int, Any]:
+        return {h: (x / drift.size)[..., h].median(0).values.tolist() for h in horizons}
+
+    return {
+        "steps_remembered": drift.reach.median(0).values.tolist(),
+        "error": by_step(drift.error),
+        "bound": by_step(drift.running),
+        "closed_bound": by_step(drift.closed),
+        "tightness": drift.tightness.median(0).values.tolist(),
+        "violations": int((drift.error > drift.running * (1 + 1e-3) + 1e-4).sum()),
+    }
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Over the first dimension, NaN left out."""
+    return x.square().nanmean(0).sqrt()
+
+
+def _median(error: Tensor) -> float:
+    return error.median().item() if len(error) else math.nan
+
+
+def _played(result: Result, p: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "return": result.returns[p].mean(),
+        "steps": result.steps[p].mean(),
+        "ended": result.terminated[p].mean(),
+        "lost": int(result.lost[p].sum()),
+    }
+    if result.success is not None:
+        found["success"] = np.isfinite(result.success[p]).mean()
+        found["steps_to_success"] = np.median(result.success[p])
+    return found
+
+
+def _told(found: Agreement, names: list[str]) -> dict[str, Any]:
+    return {**asdict(found), "chosen": names[found.chosen], "best": names[found.best]}
+
+
+def _plain(x: Any) -> Any:
+    """Only what JSON has: keys as text, NaN and infinity as None."""
+    if isinstance(x, dict):
+        return {str(key): _plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,149 @@
+"""Bounds: what theory says of a dream's memory and of windows, computed beside what is measured.
+
+Memory (Kairos, arXiv 2606.16533; the gated delta rule, arXiv 2412.06464). A token maps a layer's memory S to
+alpha S (I - beta k k^T) + beta v k^T. With unit keys and 0 < beta < 1 this shrinks the Frobenius distance of two
+memories by alpha at least, and by no more in directions across k. (The paper's lemma asks for |k|^2 < 1 - alpha, which
+unit keys never meet; alpha itself is the honest factor.) So for a memory S written from dreamed frames and S* written
+from the real ones, e_t = |S_t - S*_t|, rho_t the product of the alphas of a dreamed frame, and xi_t the distance of
+what the dreamed and the real frame make of the same S*_{t-1}:
+
+    e_t <= rho_t e_{t-1} + xi_t        and so        e_t <= rho^t e_0 + (1 - rho^t) / (1 - rho) xi
+
+with rho and xi the largest. What is bounded is the memory. The drift of the decoded observations is not: a small
+error of the memory may be read out large, and xi itself grows with what was dreamed amiss. Windows forget all at once
+and need no bound; layers above them are bounded given what they were shown.
+
+Windows (the paper's first theorem). If what a window shows leaves two outcomes open, mu1 with chance a and mu2 with
+chance 1 - a, in an event of chance P, no predictor that sees the window alone has a mean squared error below
+P a (1 - a) (mu1 - mu2)^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from world_model.model.world_model import WorldModel
+from world_model.ops.delta_rule import delta_recurrent
+from world_model.ops.window_attention import Layout
+from world_model.state import LatentState
+
+
+@dataclass(frozen=True)
+class MemoryDrift:
+    """One gated-delta layer along T frames, for B dreams and each of its H heads."""
+
+    error: Tensor  # [B,H,T+1] e_t, Frobenius; the first is before any frame
+    rho: Tensor  # [B,H,T] by what a dreamed frame's writing shrinks any difference, at least
+    xi: Tensor  # [B,H,T] one-step mismatch
+    size: Tensor  # [B,H,T+1] of the real memory, Frobenius: the scale of all these
+
+    @property
+    def running(self) -> Tensor:
+        """The bound with each step's own rho_t and xi_t -> [B,H,T+1]."""
+        bounds = [self.error[..., 0]]
+        for rho, xi in zip(self.rho.unbind(-1), self.xi.unbind(-1), strict=True):
+            bounds.append(rho * bounds[-1] + xi)
+        return torch.stack(bounds, -1)
+
+    @property
+    def closed(self) -> Tensor:
+        """The closed form, with the largest rho and xi of each dream and head -> [B,H,T+1]."""
+        rho, xi = (x.amax(-1, keepdim=True) for x in (self.rho, self.xi))
+        powers = rho ** torch.arange(self.error.shape[-1], dtype=rho.dtype, device=rho.device)
+        before = torch.cat([torch.zeros_like(rho), powers[..., :-1]], -1).cumsum(-1)
+        return powers * self.error[..., :1] + before * xi
+
+    @property
+    def kept(self) -> Tensor:
+        """What is left of a difference at the start, at most: the accumulated product of rho -> [B,H,T]."""
+        return self.rho.cumprod(-1)
+
+    @property
+    def reach(self) -> Tensor:
+        """Effective memory [B,H]: the steps after which a difference has shrunk to 1/e, at the mean rate."""
+        return -1 / self.rho.clamp_min(1e-300).log().mean(-1)
+
+    @property
+    def tightness(self) -> Tensor:
+        """The measured error over the running bound after the last frame, 1 where the bound is attained -> [B,H]."""
+        return self.error[..., -1] / self.running[..., -1].clamp_min(1e-300)
+
+
+@torch.no_grad()
+def memory_drift(
+    model: WorldModel,
+    state: LatentState,
+    real: Tensor,
+    dreamed: Tensor,
+    actions: Tensor,
+    other: LatentState | None = None,
+) -> dict[int, MemoryDrift]:
+    """Write real [B,T,O] and dreamed [B,T,O] frames, which actions [B,T,A] led to -> MemoryDrift of each G layer.
+
+    state: what both remember at first, or the real one alone, where ``other`` is what the dream remembers.
+    Raises ValueError where the shapes differ or no layer is a G.
+    """
+    if real.shape != dreamed.shape or real.shape[:2] != actions.shape[:2]:
+        raise ValueError(
+            "real and dreamed frames must be [B,T,O] and actions [B,T,A], got "
+            f"{tuple(real.shape)}, {tuple(dreamed.shape)} and {tuple(actions.shape)}"
+        )
+    blocks = list(model.trunk.blocks)
+    layers = [i for i, block in enumerate(blocks) if block.letter == "G"]
+    if not layers:
+        raise ValueError(f"no layer of {model.config.pattern!r} is a gated delta rule (G)")
+    scaling, tokens, one = model.scaling, model.tokens, Layout(1)
+    memories = [dict(s.tensors) for s in (state, state if other is None else other)]
+    age = state["age"]
+    apart: dict[int, list[Tensor]] = {i: [_size(memories[1][f"{i}.S"] - memories[0][f"{i}.S"])] for i in layers}
+    sizes: dict[int, list[Tensor]] = {i: [_size(memories[0][f"{i}.S"])] for i in layers}
+    rho: dict[int, list[Tensor]] = {i: [] for i in layers}
+    xi: dict[int, list[Tensor]] = {i: [] for i in layers}
+    for t in range(real.shape[1]):
+        act = tokens.actions(scaling.action(actions[:, t : t + 1]), (age == 0)[:, None])
+        worlds = [tokens.clean(scaling.obs(frames[:, t : t + 1])) for frames in (real, dreamed)]
+        plays = [act, act]
+        for i, block in enumerate(blocks):
+            writes = block.written(worlds[1], plays[1]) if i in layers else None
+            was = memories[0].get(f"{i}.S")
+            for side in (0, 1):
+                own = {name: memories[side][f"{i}.{name}"] for name in block.names}
+                worlds[side], plays[side], new = block(worlds[side], plays[side], one, own, age)
+                memories[side] |= {f"{i}.{name}": x for name, x in new.items()}
+            if writes is not None:
+                keys, values, log_alpha, beta = writes
+                assert was is not None
+                _, there = delta_recurrent(keys[:, :, :0], keys, values, log_alpha, beta, was, [])
+                now, theirs = memories[0][f"{i}.S"], memories[1][f"{i}.S"]
+                xi[i].append(_size(there - now))
+                rho[i].append(log_alpha.sum(-1).exp())
+                apart[i].append(_size(theirs - now))
+                sizes[i].append(_size(now))
+        age = age + 1
+    return {i: MemoryDrift(*(torch.stack(parts[i], -1) for parts in (apart, rho, xi, sizes))) for i in layers}
+
+
+def window_floor(outcomes: Tensor) -> tuple[float, float]:
+    """The mean squared errors below which no predictor can go that sees a situation alone -> the theorem's, the exact.
+
+    outcomes [N,M]: of each of N situations that a window may show, M outcomes that are equally likely. The theorem's:
+    each situation's outcomes are cut into two parts, where that is best, and each part stands for its mean. The exact
+    one is the mean variance.
+    """
+    ordered = outcomes.double().sort(-1).values
+    m = ordered.shape[-1]
+    if m < 2:
+        raise ValueError(f"a situation needs 2 outcomes or more, got {m}")
+    n = torch.arange(1, m, dtype=torch.float64)
+    left = ordered.cumsum(-1)[..., :-1]
+    gap = left / n - (ordered.sum(-1, keepdim=True) - left) / (m - n)
+    between = n / m * (1 - n / m) * gap.square()
+    return between.amax(-1).mean().item(), ordered.var(-1, correction=0).mean().item()
+
+
+def _size(memory: Tensor) -> Tensor:
+    """Frobenius norm of [B,H,e,d] -> [B,H]."""
+    return memory.flatten(-2).norm(dim=-1)

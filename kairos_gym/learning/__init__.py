@@ -1,0 +1,1 @@
+"""What learns: world models from experience, policies in dreams, both by turns."""

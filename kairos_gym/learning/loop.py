@@ -1,0 +1,314 @@
+"""The self-improving loop: play for real, learn the world from all that was seen, learn the policy in dreams; again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
+
+from kairos_gym.data.collect import collect, recorded
+from kairos_gym.evaluation.calibrate import LEAST, doubted
+from kairos_gym.evaluation.open_loop import Windows
+from kairos_gym.learning.learn import JUDGES, judges, replay, started
+from kairos_gym.learning.loop_config import LoopConfig
+from world_model.contract import Spec
+from world_model.episodes import Episodes, spec_of
+from world_model.model.config import WorldModelConfig
+from world_model.model.world_model import WorldModel
+from world_model.training.fit import FitConfig, fit
+from world_model.trust import Trust, fit_trust
+
+if TYPE_CHECKING:
+    from kairos_gym.policies.sb3 import Record
+
+CHUNK = 4  # the longest that a model imagines at once
+PATTERN = "SG"  # the layers: on small data as good as "SGDG", at half the time
+REAL_SHARE = 0.05  # of a batch where nothing says how far dreams can be trusted; MBPO's
+FIRST_EPISODES = 4  # at least, into which the first, random round is divided
+
+
+def loop(
+    env_id: str, out: str | Path, config: LoopConfig = LoopConfig(), *, progress: bool = True, **settings: Any
+) -> list[dict[str, Any]]:
+    """Learn a policy for the simulator ``env_id`` from few real steps -> what each round came to.
+
+    Each round plays the policy for real, measures on these new episodes how wrong the model's dreams are, trains the
+    model further on all episodes so far, and then the policy, by Stable-Baselines3's SAC, in dreams that begin at real
+    states (MBPO, arXiv 1906.08253). How far dreams go follows from that measure: each until its own error bound passes
+    ``max_error``. If on average L steps can be trusted, L of 1 + L steps that the policy learns from are imagined, and
+    it learns in proportion, up to ``updates`` a step.
+
+    settings: SAC's own, over those of ``kairos_gym.policies.sb3``. In ``out``: the policies and what each earned, for
+    real and in the dream (``kairos_gym.policies.sb3.Record``; "best.zip" is the one to take, chosen by what it earned
+    from the ten starts that judge), "world", a model for each round, and "data", a Minari dataset for each. A call that was killed
+    goes on where it is repeated. In a script of your own, ``torch.set_num_threads(1)`` makes it several times as fast.
+
+    Raises ValueError for a wrong argument, and for a simulator without a time limit or whose observations or actions
+    are no Box [N].
+    """
+    run = Loop(env_id, Path(out), config, settings)
+    with tqdm(total=config.samples, initial=run.used, unit="step", desc="real", disable=not progress) as bar:
+        while not run.done:
+            row = run.round()
+            bar.set_postfix_str(f"return {np.mean(row['real']):.1f}, imagined {np.mean(row['imagined']):.1f}", False)
+            bar.update(run.used - bar.n)
+    return run.record.rows
+
+
+class Measured(NamedTuple):
+    """What a round's new episodes said of a model that had not seen them."""
+
+    trust: Trust
+    length: float  # mean of the steps that dreams of these episodes can be trusted for
+    errors: dict[str, float]  # the 90% quantile of their errors
+
+
+class Loop:
+    """One loop, between two rounds."""
+
+    def __init__(self, env_id: str, out: Path, config: LoopConfig, settings: dict[str, Any]):
+        from envs import make_real
+        from kairos_gym.policies.sb3 import Record, told
+
+        self.env_id, self.out, self.config, self.settings = env_id, out, config, settings
+        env = make_real(env_id)
+        self.spec = _expect(env)
+        env.close()
+        own = {name: value for name, value in asdict(config).items() if name not in ("samples", "target")}
+        self.record: Record = Record(out, {"simulator": env_id, **own, **told(settings)})
+        self.real, self.limit = judges(env_id)
+        self.episodes: Episodes | None = None
+        self.world: WorldModel | None = None
+        self.policy: Any = None  # SB3's SAC, from the first round on
+        for number, row in enumerate(self.record.rows):
+            with _minari_in(out / "data"):
+                self._add(_cut(Episodes.from_minari(recorded(_data(number))), row["steps"] - self.used))
+        if self.record.rows:
+            self.world = WorldModel.from_pretrained(self._world_at(len(self.record.rows) - 1))
+            self.policy = self.record.load("sac")
+
+    @property
+    def used(self) -> int:
+        """Real steps so far."""
+        return 0 if self.episodes is None else int((self.episodes.index > 0).sum())
+
+    @property
+    def done(self) -> bool:
+        """Whether the target is reached, or less than half a round is left."""
+        rows, target = self.record.rows, self.config.target
+        reached = bool(rows) and target is not None and np.mean(rows[-1]["real"]) >= target
+        return reached or 2 * (self.config.samples - self.used) < self.config.round_steps
+
+    def round(self) -> dict[str, Any]:
+        """Play, test the model on what is new, train it, train the policy, judge."""
+        from kairos_gym.dream.sb3_vec_env import DreamVecEnv
+        from kairos_gym.policies.sb3 import judge
+
+        number, clock = len(self.record.rows), Clock()
+        if self.policy is not None:
+            self.policy.set_random_seed(self._seed(number))
+        fresh = self._gather(number)
+        clock.tick("play")
+        tested = self._test(fresh, number)
+        clock.tick("trust")
+        self._add(fresh)
+        self.world = self._train(number, tested)
+        clock.tick("model")
+        share, updates = self._schedule(tested)
+        self._learn(share, round(updates * int((fresh.index > 0).sum())), number)
+        clock.tick("policy")
+        dream = DreamVecEnv(self.world, JUDGES, max_episode_steps=self.limit)
+        judged = judge(self.policy, self.real, dream)
+        told = {} if tested is None else {"trusted": tested.length, **tested.errors}
+        more = {**told, "real_share": share, "updates": updates, **clock.spent}
+        self.record.add(self.policy, self.used, judged, **more)
+        return self.record.rows[-1]
+
+    def _seed(self, number: int) -> int:
+        return 1000 * self.config.seed + number
+
+    def _world_at(self, number: int) -> Path:
+        return self.out / "world" / f"round-{number:03d}"
+
+    def _add(self, fresh: Episodes) -> None:
+        self.episodes = fresh if self.episodes is None else Episodes.join([self.episodes, fresh])
+
+    def _gather(self, number: int) -> Episodes:
+        """The real episodes of a round: random ones in the first, then the policy's own, its noise included."""
+        first, left = number == 0, self.config.samples - self.used
+        want = self.config.round_steps * (2 if first else 1)
+        if 2 * (left - want) < self.config.round_steps:  # a short rest would say little of the model
+            want = left
+        longest = max(CHUNK, want // FIRST_EPISODES) if first else want
+        with _minari_in(self.out / "data"):
+            if get_dataset_path(_data(number)).exists():  # of a call that was stopped after it
+                return _cut(Episodes.from_minari(recorded(_data(number))), left)
+            dataset = collect(
+                self.env_id,
+                _data(number),
+                seed=self._seed(number),
+                steps=want,
+                episode_steps=min(longest, self.limit),
+                policy=None if first else self._act,
+                progress=False,
+            )
+            return _cut(Episodes.from_minari(dataset), left)
+
+    def _act(self, obs: Any) -> Any:
+        return self.policy.predict(obs, deterministic=False)[0]
+
+    def _fit(self, episodes: Episodes, out: Path, number: int, begin: WorldModel | None) -> WorldModel:
+        (obs_dim,), (action_dim,) = self.spec.observation_box.shape, self.spec.action_box.shape
+        shape = WorldModelConfig(obs_dim=obs_dim, action_dim=action_dim, pattern=PATTERN, chunk=CHUNK)
+        config = self.config
+        recipe = FitConfig(
+            draft_steps=config.draft_steps,
+            steps=config.memory_steps,
+            weight_decay=config.weight_decay,
+            seed=self._seed(number),
+            save_every=1000,
+        )
+        card = {"env": self.env_id, "time_limit": self.limit}
+        return fit(shape, self.spec, episodes, recipe, out=out, begin=begin, card=card, progress=False)
+
+    def _test(self, fresh: Episodes, number: int) -> Measured | None:
+        """How wrong are dreams of episodes that the model has not seen? None where nobody wants to know."""
+        config, model, seen = self.config, self.world, self.episodes
+        if config.max_error is None and not config.penalty:
+            return None
+        if model is None or seen is None:  # the first: train on every other episode and test on the others
+            seen, fresh = fresh.pick(lambda e: e % 2 == 0), fresh.pick(lambda e: e % 2 == 1)
+            model = self._fit(seen, self.out / "world" / "half", number, None)
+        at = (fresh.left > 0).nonzero()[:, 0]
+        at = at[:: 2 if len(at) > 2 * LEAST else 1]
+        some = torch.randperm(len(at), generator=torch.Generator().manual_seed(self._seed(number)))
+        windows = Windows(fresh, at[some], torch.ones(len(at), dtype=torch.int64), config.horizon)
+        dreamed = doubted(model, windows, model.scaling.obs_std)
+        teaching, measured = dreamed.part(slice(len(at) // 2)), dreamed.part(slice(len(at) // 2, None))
+        trust = fit_trust(
+            model.fingerprint(),
+            seen.steps(),
+            teaching,
+            measured,
+            measured,
+            seed=number,
+            updates=300,
+        )
+        holds = measured.bound(trust, config.confidence) <= (config.max_error or np.inf)
+        errors = {f"error_{h}": _quantile(dreamed.error[:, h - 1]) for h in (1, 8) if h <= config.horizon}
+        return Measured(trust, float(holds.cumprod(1).sum(1).float().mean()), errors)
+
+    def _train(self, number: int, tested: Measured | None) -> WorldModel:
+        """The model, trained further on all episodes, with real states to begin dreams at and its trust."""
+        episodes, out = self.episodes, self._world_at(number)
+        assert episodes is not None
+        model = self._fit(episodes, out, number, self.world)
+        model.starts = started(episodes)
+        if tested is not None:
+            # The bound is that of the model before, which had not seen the new episodes; what is known is now more.
+            model.trust = tested.trust.moved(model.fingerprint(), episodes.steps(), seed=number)
+        model.save_pretrained(out)
+        return model
+
+    def _schedule(self, tested: Measured | None) -> tuple[float, float]:
+        """The share of real steps in what the policy learns from, and its updates for each real step."""
+        if tested is None or self.config.max_error is None:
+            return REAL_SHARE, self.config.updates
+        return 1 / (1 + tested.length), min(self.config.updates, 1 + tested.length)
+
+    def _learn(self, share: float, updates: int, number: int) -> None:
+        """Train the policy in dreams that begin at real states, and on real steps."""
+        from kairos_gym.dream.sb3_vec_env import DreamVecEnv
+        from kairos_gym.policies.sb3 import Mixed, make
+        from planners import Cautious
+
+        config, episodes = self.config, self.episodes
+        assert episodes is not None
+        model: Any = self.world
+        if config.penalty:
+            model = Cautious(model, config.penalty)
+        confidence = None if config.max_error is None else config.confidence
+        venv = DreamVecEnv(
+            model,
+            config.dreams,
+            max_episode_steps=config.horizon,
+            max_error=config.max_error,
+            confidence=confidence,
+        )
+        venv.seed(self._seed(number))
+        if self.policy is None:
+            own = {"replay_buffer_class": Mixed, "learning_starts": 0, **self.settings}
+            self.policy = make("sac", venv, seed=self._seed(number), **own)
+        self.policy.set_env(venv)
+        mixed: Mixed = self.policy.replay_buffer
+        mixed.real = replay(episodes, self.spec, self.policy)
+        mixed.share = share
+        steps = -(-updates // self.policy.gradient_steps)  # of all dreams at once
+        self.policy.learn(steps * config.dreams, log_interval=None, reset_num_timesteps=False)
+
+
+def _data(number: int) -> str:
+    return f"round-{number:03d}-v0"
+
+
+class Clock:
+    """CPU seconds, by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._at = time.process_time()
+
+    def tick(self, name: str) -> None:
+        now = time.process_time()
+        self.spent[f"seconds_{name}"], self._at = round(now - self._at, 2), now
+
+
+def _expect(env: gym.Env) -> Spec:
+    """What the simulator takes and gives."""
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"the loop learns from {name} that are a Box [N], and this simulator's are {space}")
+    return spec_of(env, CHUNK)
+
+
+def _cut(episodes: Episodes, steps: int) -> Episodes:
+    """Only the first so many steps, whatever episode they end in."""
+    keep = (episodes.index > 0).cumsum(0) <= steps
+    keep &= (episodes.index > 0) | (keep.roll(-1) & (episodes.left > 0))  # no episode without a step
+    kept = Episodes(*(x[keep] for x in vars(episodes).values()))
+    last = kept.starts()[-1]
+    left = kept.left.clone()
+    left[last:] = len(left) - 1 - torch.arange(int(last), len(left))
+    return replace(kept, left=left)
+
+
+def _quantile(error: torch.Tensor) -> float:
+    known = error[~error.isnan()]
+    return float(known.quantile(0.9)) if len(known) else float("nan")
+
+
+@contextmanager
+def _minari_in(folder: Path) -> Iterator[None]:
+    """Minari's datasets are in ``folder`` for a while."""
+    name, folder = "MINARI_DATASETS_PATH", folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,1 @@
+"""What stands in for a world model, or wraps one, behind the same verbs."""

@@ -1,0 +1,86 @@
+"""A world model's draft as Dynamics of its own: no memory, and gradients for an eighth of the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from world_model.contract import Imagined, Spec
+from world_model.episodes import Starts
+from world_model.model.world_model import WorldModel
+from world_model.state import LatentState
+
+
+class Drafted:
+    """What ``model`` would say if its memory were never asked: its draft's guesses, and what they yield.
+
+    Its state is the last observation, and the one before where the draft looks at two. It fits tasks whose observation
+    tells all, where the memory adds little. What learns in it is to be judged in ``model`` itself, or for real. The
+    dream is always the mean one.
+
+    Raises ValueError where the model has no draft.
+    """
+
+    def __init__(self, model: WorldModel):
+        if model.draft is None:
+            raise ValueError("this model has no draft (config.draft is False): dream with the model itself")
+        self.model = model
+
+    @property
+    def spec(self) -> Spec:
+        return self.model.spec
+
+    # What a dream env also asks of its model. Its trust isn't among it: that was measured with the memory.
+
+    @property
+    def starts(self) -> Starts | None:
+        return self.model.starts
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return self.model.card
+
+    def fingerprint(self) -> str:
+        """Of the weights, and that only the draft is asked."""
+        return f"{self.model.fingerprint()} drafted"
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        """See ``Dynamics.initial``; nothing is drawn, so seeds change nothing."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        nothing = self.model.error.new_full((batch, self.model.config.obs_dim), torch.nan)
+        return LatentState({"obs": nothing, "before": nothing})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        """See ``Dynamics.observe``. Actions say nothing that the observations don't."""
+        if (
+            obs.ndim != 3
+            or obs.shape[0] != state.batch
+            or obs.shape[2] != self.model.config.obs_dim
+            or not obs.shape[1]
+        ):
+            raise ValueError(f"obs must be [{state.batch},T,{self.model.config.obs_dim}], got {list(obs.shape)}")
+        obs = obs.to(self.model.error)
+        earlier = state["obs"] if obs.shape[1] == 1 else obs[:, -2]
+        # A first frame came from nowhere: it stands for the one before it too.
+        return LatentState({"obs": obs[:, -1], "before": torch.where(earlier.isnan(), obs[:, -1], earlier)})
+
+    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
+        """See ``Dynamics.imagine``."""
+        model, scaling = self.model, self.model.scaling
+        if actions.ndim != 3 or not 1 <= actions.shape[1] <= model.config.chunk:
+            raise ValueError(
+                f"actions must be [B,K,A] with K from 1 to {model.config.chunk}, got {list(actions.shape)}"
+            )
+        assert model.draft is not None
+        start, act = scaling.obs(state["obs"]), scaling.action(actions.to(model.error))
+        guess, _ = model.draft.unroll(start, act, scaling.obs(state["before"]), scaling)
+        begun = torch.cat([start[:, None], guess[:, :-1]], 1)
+        outcome = model.judge(begun, act, guess, None)
+        obs = scaling.raw_obs(guess)
+        reward = outcome[..., 0] * scaling.reward_std + scaling.reward_mean
+        terminated = (outcome[..., 1] > 0) & model.terminates
+        before = state["obs"] if obs.shape[1] == 1 else obs[:, -2]
+        return LatentState({"obs": obs[:, -1], "before": before}), Imagined(obs if decode else None, reward, terminated)

@@ -1,0 +1,99 @@
+"""The draft, a one-step guess with its variance which the transformer refines, and what a step yields."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from world_model.model.tokens import Scaling
+from world_model.ops.linear import Layer, chain
+from world_model.ops.native import exact
+
+
+class GatedBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, width)
+
+    def layers(self) -> list[Layer]:
+        return [Layer("norm", self.enter, self.norm), Layer("gated", self.leave, residual=True)]
+
+
+class Draft(nn.Module):
+    """f(o, a) -> mean and log-variance of the scaled change of a normalised observation.
+
+    Each dimension's change is scaled by its usual size, ``step_std`` [O] in normalised units. With two ``frames`` it
+    is f(o, a, c), where c is the scaled change that led to o.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int, blocks: int, frames: int = 1):
+        super().__init__()
+        self.frames = frames
+        self.enter = nn.Linear(frames * obs_dim + action_dim, width)
+        self.blocks = nn.ModuleList(GatedBlock(width) for _ in range(blocks))
+        self.leave = nn.Linear(width, 2 * obs_dim)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, obs: Tensor, action: Tensor, came: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [...,O] normalised, action [...,A] in [-1,1] -> mean, log-variance [...,O] of change / step_std.
+
+        came [...,O]: the change that led to obs, over step_std too; zero where it isn't known.
+        """
+        seen = [obs, action, came] if self.frames > 1 else [obs, action]
+        return self.read(chain(torch.cat(seen, -1), self.layers()))
+
+    def layers(self) -> list[Layer]:
+        between = [layer for block in self.blocks for layer in block.layers()]  # type: ignore[operator, union-attr]
+        return [Layer("plain", self.enter), *between, Layer("plain", self.leave)]
+
+    @staticmethod
+    def read(told: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer gives [...,2*O] -> mean and log-variance [...,O]."""
+        mean, log_var = told.chunk(2, -1)
+        return mean, 8 * torch.tanh(log_var / 8) - 6  # soft bounds: variances from 1e-6 to 7 of the typical change's
+
+    def unroll(self, obs: Tensor, actions: Tensor, before: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        """From obs [B,O] through actions [B,K,A] -> the guessed observations and their variances, both [B,K,O].
+
+        before [B,O]: the observation before obs; obs itself where that isn't known.
+        """
+        means, variances, variance = [], [], torch.zeros_like(obs)
+        with exact(obs):  # each guess is fed back
+            for action in actions.unbind(1):
+                mean, log_var = self(obs, action, (obs - before) / scaling.step_std)
+                before, obs = obs, scaling.limit(obs + scaling.step_std * mean)
+                variance = variance + scaling.step_std.square() * log_var.exp()
+                means.append(obs)
+                variances.append(variance)
+        return torch.stack(means, 1), torch.stack(variances, 1)
+
+
+def beta_nll(mean: Tensor, log_var: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
+    """Gaussian negative log-likelihood weighted by variance^beta (arXiv 2203.09168): plain NLL starves what is hard."""
+    nll = 0.5 * ((target - mean).square() * (-log_var).exp() + log_var)
+    return (nll * (beta * log_var.detach()).exp()).mean()
+
+
+class Outcome(nn.Module):
+    """What a step yields: normalised reward and the logit of termination, from what it started at, did and led to."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3 * obs_dim + action_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
+        )
+
+    def forward(self, obs: Tensor, action: Tensor, change: Tensor, after: Tensor) -> Tensor:
+        """obs and after [...,O] normalised, change [...,O] scaled, action [...,A] in [-1,1] -> [...,2]."""
+        return chain(torch.cat([obs, action, change, after], -1), self.chain())
+
+    def chain(self) -> list[Layer]:
+        enter, _, middle, _, leave = self.layers
+        return [Layer("plain", enter), Layer("silu", middle), Layer("silu", leave)]  # type: ignore[arg-type]

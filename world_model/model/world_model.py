@@ -1,0 +1,406 @@
+"""WorldModel: tokens, draft, memory and flow joined into the verbs initial, observe and imagine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from world_model.contract import Imagined, Spec
+from world_model.episodes import Starts
+from world_model.model.config import WorldModelConfig
+from world_model.model.draft import Draft, Outcome
+from world_model.model.tokens import Scaling, Tokens
+from world_model.model.transformer import Memory, Trunk
+from world_model.noise import normal
+from world_model.ops.flow import euler, shift_factor
+from world_model.ops.native import exact
+from world_model.ops.window_attention import Layout
+from world_model.runtime.compiled_step import fused
+from world_model.runtime.cuda_graph import graphed
+from world_model.runtime.weight_cache import forget
+from world_model.state import LatentState
+from world_model.trust import Trust
+
+PIECE = 32  # frames of evidence that one pass takes
+
+
+class Guess(NamedTuple):
+    """What is known of a chunk before the memory is asked, in normalised units."""
+
+    mean: Tensor  # [...,K,O]
+    change: Tensor  # [...,K,O] since the chunk's start, in usual steps
+    spread: Tensor  # [...,K,O] log of its std over the usual error at that place in the chunk
+    scale: Tensor  # [...,K,O] one unit of the residual that the flow predicts
+
+
+class WorldModel(nn.Module):
+    """A world model behind the ``Dynamics`` verbs (Kairos, arXiv 2606.16533). It owns weights, never a state.
+
+    Denoising reads memory; only the clean chunk writes it. So memory stays constant and noise can't pollute it.
+    """
+
+    error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
+    terminates: Tensor  # bool [], whether the data ever ended an episode
+
+    def __init__(self, config: WorldModelConfig, spec: Spec):
+        super().__init__()
+        for name, have, want in (
+            ("obs_dim", config.obs_dim, spec.observation_box.shape),
+            ("action_dim", config.action_dim, spec.action_box.shape),
+            ("chunk", config.chunk, (spec.chunk,)),
+        ):
+            if (have,) != want:
+                raise ValueError(f"config.{name}={have} doesn't fit the spec, which has {want}")
+        self.config, self.spec = config, spec
+        self.card: dict[str, Any] = {}
+        self.starts: Starts | None = None
+        self.trust: Trust | None = None  # how wrong its dreams may be, where that was calibrated
+        self.scaling = Scaling(spec)
+        self.tokens = Tokens(config)
+        self.trunk = Trunk(config)
+        self.draft = (
+            Draft(config.obs_dim, config.action_dim, config.draft_width, config.draft_blocks, config.draft_frames)
+            if config.draft
+            else None
+        )
+        self.outcome = Outcome(config.obs_dim, config.action_dim, config.draft_width)
+        self.outcome_memory = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
+        nn.init.zeros_(self.outcome_memory.weight)
+        nn.init.zeros_(self.outcome_memory.bias)
+        self.register_buffer("error", torch.ones(config.chunk, config.obs_dim))
+        self.register_buffer("terminates", torch.tensor(False))
+
+    # -- the verbs -------------------------------------------------------------------------------------------------
+
+    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        """B fresh dreams -> LatentState. seeds: int64 [B], each dream's own noise seed (zeros where None)."""
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        like = self.error
+        if seeds is None:
+            seeds = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        if seeds.shape != (batch,) or seeds.is_floating_point():
+            raise ValueError(f"seeds must be int64 of shape ({batch},), got {tuple(seeds.shape)} of {seeds.dtype}")
+        seeds = seeds.to(like.device, torch.int64, copy=True)
+        own = {"seed": seeds, "age": torch.zeros_like(seeds), "obs": like.new_zeros(batch, self.config.obs_dim)}
+        if self.config.draft_frames > 1:
+            own["before"] = torch.zeros_like(own["obs"])
+        return LatentState({**own, **self.trunk.empty(batch, like)})
+
+    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
+        """Evidence in: obs [B,T,O] and the actions that led there [B,T,A] -> LatentState. See ``Dynamics.observe``."""
+        self._expect("obs", obs, state.batch, None, self.config.obs_dim)
+        if actions is None:
+            if obs.shape[1] != 1 or bool((state["age"] > 0).any()):
+                raise ValueError(
+                    "observe needs the actions that led to each observation; only a dream's first frame has none"
+                )
+            actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
+        self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
+        if not bool(obs.isfinite().all()):
+            raise ValueError("obs must be finite, got NaN or infinity; a world model can't be told what isn't a number")
+        first = state["age"][:, None] + torch.arange(obs.shape[1], device=obs.device) == 0
+        self._expect_within_bounds(actions, first)
+        obs, actions = obs.to(self.error), actions.to(self.error)
+        if fast := fused(self, state, obs, actions):
+            return fast.observe(state, obs, actions)
+        # In pieces: one pass costs the square of its frames, and streaming gives the same result.
+        for piece, played in zip(obs.split(PIECE, 1), actions.split(PIECE, 1), strict=True):
+            state = self._write(state, piece, self.scaling.obs(piece), self.scaling.action(played))
+        return state
+
+    def imagine(
+        self, state: LatentState, actions: Tensor, *, decode: bool = True, sampled: bool = False, flow_steps: int = 1
+    ) -> tuple[LatentState, Imagined]:
+        """Play actions [B,K,A] -> (LatentState, Imagined). See ``Dynamics.imagine``.
+
+        sampled: False starts the flow from zero and gives the mean dream; True starts from each dream's own noise.
+        flow_steps: Euler steps (1 serves the mean dream as well as 8; a sampled dream wants 4 or more).
+        """
+        self._expect("actions", actions, state.batch, None, self.config.action_dim)
+        if not 1 <= actions.shape[1] <= self.config.chunk:
+            raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
+        if flow_steps < 1:
+            raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
+        actions = actions.to(self.error)
+        if (fast := fused(self, state, actions)) and (
+            done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+        ):
+            return done
+        if (graphs := graphed(self, state, actions)) and (
+            done := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+        ):
+            return done
+        if not bool(self.ready(state, actions)):
+            self._expect_within_bounds(actions, None)
+            raise ValueError("imagine needs a dream that has seen something: call observe first")
+        state, imagined = self.dream(state, actions, sampled, flow_steps)
+        return state, imagined if decode else imagined._replace(obs=None)
+
+    def ready(self, state: LatentState, actions: Tensor) -> Tensor:
+        """bool []: whether all dreams have seen something and all actions [B,K,A] are within their bounds."""
+        return (state["age"] != 0).all() & self._within_bounds(actions).all()
+
+    def dream(
+        self, state: LatentState, actions: Tensor, sampled: bool, flow_steps: int
+    ) -> tuple[LatentState, Imagined]:
+        """``imagine`` of what has been looked at.
+
+        A CUDA graph can hold it: it asks the device for no number and copies none there, and its shapes hang on shapes.
+        """
+        act = self.scaling.action(actions)
+        start = self.scaling.obs(state["obs"])
+        before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
+        k = act.shape[1]
+        guess = Guess(*(x[:, None] for x in self.guess(start, act, before)))
+        memory = self._memory(state)
+        hidden = start
+
+        def denoise(z: Tensor, s: Tensor) -> Tensor:
+            nonlocal hidden
+            residual, hidden, _ = self.refine(
+                Layout(0, (0,), k), z, s.reshape(1, 1, 1, 1), guess, act[:, None], memory=memory, age=state["age"]
+            )
+            return residual
+
+        z = torch.zeros_like(guess.mean)
+        if sampled:
+            step = state["age"][:, None] + torch.arange(k, device=act.device)
+            z = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim, dtype=z.dtype)[:, None]
+        z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
+        scaled = self.scaling.limit(guess.mean + guess.scale * z)[:, 0]
+        obs = self.scaling.raw_obs(scaled)
+        before = torch.cat([start[:, None], scaled[:, :-1]], 1)
+        outcome = self.judge(before, act, scaled, hidden[:, 0])
+        reward = outcome[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
+        terminated = (outcome[..., 1] > 0) & self.terminates
+        return self._write(state, obs, scaled, act), Imagined(obs, reward, terminated)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .double() and the like go through
+        forget(self)
+        return super()._apply(fn, recurse)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        forget(self)
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        forget(self)
+        return super().load_state_dict(*args, **kwargs)
+
+    # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
+
+    def guess(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> Guess:
+        """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves.
+
+        before [...,O]: the observations before the start; None where they aren't known.
+        """
+        if self.draft is None:
+            k = actions.shape[-2]
+            mean = start[..., None, :].expand(*start.shape[:-1], k, -1)
+            return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), self.error[:k].expand_as(mean))
+        before = start if before is None else before
+        mean, variance = self.draft.unroll(
+            start.flatten(0, -2), actions.flatten(0, -3), before.flatten(0, -2), self.scaling
+        )
+        return self.guessed(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
+
+    def guessed(self, start: Tensor, mean: Tensor, std: Tensor) -> Guess:
+        """The guess of chunks from [...,O] whose draft is known, mean and std [...,K,O]."""
+        error = self.error[: mean.shape[-2]]
+        # The geometric middle between what the draft expects here and what it gets wrong on the whole.
+        return Guess(
+            mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()
+        )
+
+    def refine(
+        self,
+        layout: Layout,
+        z: Tensor,
+        s: Tensor,
+        guess: Guess,
+        actions: Tensor,
+        clean: tuple[Tensor, Tensor, Tensor] | None = None,
+        memory: Memory | None = None,
+        age: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """One pass over clean frames and C noisy chunks -> residual [B,C,K,O], features [B,C,K,P*D], memory after.
+
+        z [B,C,K,O] at noise level s [B or 1,C or 1,1,1], actions [B,C,K,A]; clean: obs [B,T,O], actions [B,T,A] and
+        whether a frame is its dream's first [B,T].
+        """
+        world = self.tokens.noisy(z, s, guess.mean, guess.change, guess.spread).flatten(1, 2)
+        action = self.tokens.actions(actions.flatten(1, 2))
+        if clean is not None:
+            world = torch.cat([self.tokens.clean(clean[0]), world], 1)
+            action = torch.cat([self.tokens.actions(clean[1], clean[2]), action], 1)
+        world, after = self.trunk(world, action, layout, memory, age)
+        features = self.tokens.features(world).unflatten(1, z.shape[1:3])
+        return self.tokens.out(features), features, after
+
+    def judge(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
+        """Normalised reward and logit of termination of steps before -> after [...,O] -> [...,2]."""
+        with exact(after):  # rewards are summed up
+            outcome = self.outcome(before, actions, (after - before) / self.scaling.step_std, after)
+            return outcome if features is None else outcome + self.outcome_memory(features.to(after.dtype))
+
+    def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
+        """Clean frames onto the memory: the only place where it is written."""
+        frames = obs.shape[1]
+        first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
+        world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
+        _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
+        own = {"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone()}
+        if "before" in state.tensors:  # a first frame came from nowhere: it stands for the one before it too
+            earlier = torch.where(first[:, :1], obs[:, 0], state["obs"])
+            own["before"] = earlier if frames == 1 else obs[:, -2].clone()
+        return LatentState({**own, **memory})
+
+    @staticmethod
+    def _memory(state: LatentState) -> Memory:
+        return {name: t for name, t in state.tensors.items() if name not in ("seed", "age", "obs", "before")}
+
+    def _expect(self, name: str, x: Tensor, batch: int, frames: int | None, size: int) -> None:
+        good = isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == batch and x.shape[2] == size and x.shape[1] > 0
+        if not good or (frames is not None and x.shape[1] != frames) or not x.is_floating_point():
+            got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a float tensor of shape ({batch}, {frames or 'T'}, {size}), got {got}")
+
+    def _expect_within_bounds(self, actions: Tensor, first: Tensor | None) -> None:
+        """``first`` [B,T] marks frames whose action is ignored."""
+        good = self._within_bounds(actions)
+        if not bool((good if first is None else good | first).all()):
+            low, high = self.scaling.action_low, self.scaling.action_high
+            raise ValueError(
+                f"actions must be finite and within {low.tolist()} and {high.tolist()}, got {actions.min().item():.6g} "
+                f"to {actions.max().item():.6g}; clip them yourself if that is what you mean"
+            )
+
+    def _within_bounds(self, actions: Tensor) -> Tensor:
+        """[B,T,A] -> bool [B,T]."""
+        low, high = self.scaling.action_low, self.scaling.action_high
+        slack = 1e-6 * (high - low)  # the spaces may be float64, what comes here float32
+        return ((actions >= low - slack) & (actions <= high + slack)).all(-1)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A short digest of the weights: equal for equal weights, whatever made them."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors, starts.safetensors, trust.safetensors and card.json into ``folder``.
+
+        Starts and trust only where the model has them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        obs, act = self.spec.observation_space, self.spec.action_space
+        spec = {"observation_space": _to_json(obs), "action_space": _to_json(act), "dt": self.spec.dt}
+        text = json.dumps({"world_model": asdict(self.config), "spec": spec}, indent=2)
+        write_atomically(folder / "config.json", text.encode())
+        save_atomically(folder / "model.safetensors", self.state_dict())
+        if self.starts is not None:
+            save_atomically(folder / "starts.safetensors", self.starts._asdict())
+        if self.trust is not None:
+            save_atomically(folder / "trust.safetensors", self.trust.tensors())
+        else:  # one of other weights
+            (folder / "trust.safetensors").unlink(missing_ok=True)
+        write_atomically(folder / "card.json", json.dumps(self.card, indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> WorldModel:
+        """Load a folder that ``save_pretrained`` wrote, or a repository of that form on the Hugging Face hub.
+
+        Nothing is unpickled. Raises FileNotFoundError where there is no such folder or a file is missing, ValueError
+        where one is damaged or doesn't fit the config.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"no model at {str(source)!r}: neither a folder nor a hub repository that can be reached ({error})"
+                ) from error
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}: it isn't a folder that save_pretrained wrote, or it is incomplete"
+                )
+        try:
+            about = json.loads((folder / "config.json").read_text())
+            config, facts = WorldModelConfig.from_dict(about["world_model"]), about["spec"]
+            weights = load_file(folder / "model.safetensors")
+            spec = Spec(
+                _from_json(facts["observation_space"]),
+                _from_json(facts["action_space"]),
+                config.chunk,
+                float(facts["dt"]),
+            )
+            if not all(bool(t.isfinite().all()) for t in weights.values()):
+                raise ValueError("model.safetensors holds weights that are not finite")
+            model = cls(config, spec)
+            model.load_state_dict(weights)
+            if (folder / "starts.safetensors").is_file():
+                model.starts = Starts(**load_file(folder / "starts.safetensors"))
+                sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
+                if sizes != (config.obs_dim, config.action_dim):
+                    raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
+            if (folder / "trust.safetensors").is_file():
+                model.trust = Trust.load(folder / "trust.safetensors")
+                if bytes(model.trust.model.numpy()).decode() != model.fingerprint():
+                    raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
+            if (folder / "card.json").is_file():
+                model.card = json.loads((folder / "card.json").read_text())
+        except Exception as error:
+            raise ValueError(f"the model in {folder} is damaged or from another version: {error}") from error
+        return model.eval().requires_grad_(False)
+
+
+def _to_json(space: spaces.Space) -> dict[str, Any]:
+    """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
+    if isinstance(space, spaces.Dict):
+        return {"parts": {key: _to_json(part) for key, part in space.items()}}
+    if isinstance(space, spaces.Discrete):
+        return {"n": int(space.n), "start": int(space.start)}
+    assert isinstance(space, spaces.Box)
+    low, high = ([float(x) if np.isfinite(x) else None for x in bound.flat] for bound in (space.low, space.high))
+    return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def _from_json(facts: dict[str, Any]) -> spaces.Space:
+    if "parts" in facts:
+        return spaces.Dict({key: _from_json(part) for key, part in facts["parts"].items()})
+    if "n" in facts:
+        return spaces.Discrete(facts["n"], start=facts["start"])
+    dtype, shape = np.dtype(facts["dtype"]).type, facts.get("shape", [len(facts["low"])])
+    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype).reshape(shape)
+    high = np.array([np.inf if x is None else x for x in facts["high"]], dtype).reshape(shape)
+    return spaces.Box(low, high, dtype=dtype)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or none: a kill in the middle leaves the file as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The same for a safetensors file."""
+    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

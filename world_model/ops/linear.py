@@ -1,0 +1,238 @@
+"""Linear layers with what goes before and after them; on a CPU they are one pass of compiled code, gradients too."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from world_model.ops.native import compiled, once
+
+KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
+
+
+class Layer(NamedTuple):
+    """One linear layer, and what x goes through before it.
+
+    "plain": nothing; "norm": the layer norm; "silu": silu(x); "gated": value * silu(gate), for x = [value, gate].
+    """
+
+    kind: str
+    linear: nn.Linear
+    norm: nn.LayerNorm | None = None
+    residual: bool = False  # whether the x of the layer before, which has a norm, is added to y
+
+
+def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """One after another: x [...,I] -> [...,O]."""
+    if _fits(x, layers) and (library := compiled("dense", x, *(w for w in _weights(layers) if w is not None))):
+        return _apply(library, x, layers)
+    before = x
+    for layer in layers:
+        y = F.linear(_entered(x, layer), layer.linear.weight, layer.linear.bias)
+        before, x = x, before + y if layer.residual else y
+    return x
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """The layer of the norm of x [...,I] -> [...,O]."""
+    return chain(x, [Layer("norm", linear, norm)])
+
+
+def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
+    """base + the layer of [beside, silu(x)]: x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
+    rows, layers = x.shape[:-1], [Layer("silu", linear)]
+    fits = base.shape == (*rows, linear.out_features) and beside.shape[:-1] == rows
+    fits = fits and x.shape[-1] + beside.shape[-1] == linear.in_features and linear.bias is not None
+    if fits and (library := compiled("dense", x, beside, base, linear.weight, linear.bias)):
+        return _apply(library, x, layers, beside, base)
+    return base + linear(torch.cat([beside, F.silu(x)], -1))
+
+
+def _fits(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether sizes are as compiled code, which looks at none, will take them."""
+    size = x.shape[-1]
+    for layer in layers:
+        norm, linear = layer.norm, layer.linear
+        if linear.bias is None or size != (2 if layer.kind == "gated" else 1) * linear.in_features:
+            return False
+        if norm is not None and (norm.eps != 1e-5 or norm.bias is None or norm.normalized_shape != (size,)):
+            return False
+        size = linear.out_features
+    return True
+
+
+def _entered(x: Tensor, layer: Layer) -> Tensor:
+    match layer.kind:
+        case "norm":
+            assert layer.norm is not None
+            return F.layer_norm(x, layer.norm.normalized_shape, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        case "silu":
+            return F.silu(x)
+        case "gated":
+            value, gate = x.chunk(2, -1)
+            return value * F.silu(gate)
+    return x
+
+
+class _Call(ctypes.Structure):
+    """The struct Dense of dense.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "ldx", "ldp")),
+        *((name, ctypes.c_int32) for name in ("kind", "in_", "out", "beside_in")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("x", "beside", "base", "gain", "shift", "weight", "bias", "y", "dy"),
+                *("dx", "dbeside", "dgain", "dshift", "dweight", "dbias", "also"),
+            )
+        ),
+    ]
+
+
+def _apply(
+    library: ctypes.CDLL,
+    x: Tensor,
+    layers: Sequence[Layer],
+    beside: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    rows = [None if t is None else _rows(t) for t in (x, beside, base)]
+    weights = [None if w is None else w.contiguous() for w in _weights(layers)]
+    y = _Dense.apply(*rows, _plan(layers), library, *weights)
+    return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
+
+
+def _plan(layers: Sequence[Layer]) -> tuple[tuple[int, bool], ...]:
+    return tuple((KINDS.index(layer.kind), layer.residual) for layer in layers)
+
+
+def _weights(layers: Sequence[Layer]) -> list[Tensor | None]:
+    weights: list[Tensor | None] = []
+    for layer in layers:
+        weights += [None, None] if layer.norm is None else [layer.norm.weight, layer.norm.bias]
+        weights += [layer.linear.weight, layer.linear.bias]
+    return weights  # contiguous, but where somebody made them otherwise: then ``_apply`` copies
+
+
+def _rows(t: Tensor) -> Tensor:
+    t = t.reshape(-1, t.shape[-1]) if t.ndim != 2 else t
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class Standing:
+    """A chain for a loop that does nothing else: its buffers stand, and gradients go straight to the weights' ``grad``.
+
+    Weights and their gradients must stay where they are in memory.
+    """
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[Layer], rows: int):
+        self._library = library
+        sizes = [layers[0].linear.in_features, *(layer.linear.out_features for layer in layers)]
+        self._xs, self._dys = ([torch.zeros(rows, size) for size in sizes] for _ in range(2))
+        weights = _weights(layers)
+        plan = _plan(layers)
+        self._calls = _calls(plan, self._xs, None, weights)
+        grads = [None if w is None else w.grad for w in weights]
+        assert all(w is None or (g is not None and g.is_contiguous()) for w, g in zip(weights, grads, strict=True))
+        _add_back(self._calls, plan, self._dys, grads, asked=False)
+
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """x [rows,I], in parts side by side -> [rows,O], a leaf of a graph of its own."""
+        torch.cat(list(parts), -1, out=self._xs[0])
+        self._library.dense_forward(self._calls, len(self._calls))
+        self._out = self._xs[-1].detach().requires_grad_()
+        return self._out
+
+    def backward(self) -> None:
+        """After a loss of what ``forward`` gave has been told to autograd: on to the weights."""
+        if self._out.grad is None:  # the loss was of something else
+            return
+        self._dys[-1].copy_(self._out.grad)
+        self._library.dense_backward(self._calls, len(self._calls))
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        beside: Tensor | None,
+        base: Tensor | None,
+        plan: tuple[tuple[int, bool], ...],
+        library: ctypes.CDLL,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        base = None if base is None else base.contiguous()
+        xs = [x]
+        for out in weights[2::4]:
+            assert out is not None
+            xs.append(x.new_empty(len(x), len(out)))
+        calls = _calls(plan, xs, beside, weights)
+        if base is not None:
+            calls[0].base = base.data_ptr()
+        library.dense_forward(calls, len(calls))
+        ctx.save_for_backward(beside, *xs[:-1], *weights)
+        ctx.plan, ctx.library, ctx.based = plan, library, base is not None
+        return xs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        once()
+        plan = ctx.plan
+        beside, *tensors = ctx.saved_tensors
+        xs, weights = tensors[: len(plan)], tensors[len(plan) :]
+        calls = _calls(plan, xs, beside, weights)
+        dys = [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs), dy.contiguous()]
+        learns = any(ctx.needs_input_grad[5:])  # or else the weights are frozen
+        grads = [w.new_empty(w.shape) if learns and w is not None else None for w in weights]
+        dbeside = None if beside is None else beside.new_empty(beside.shape)
+        asked = any(ctx.needs_input_grad[:2])
+        _add_back(calls, plan, dys, grads, asked)
+        if dbeside is not None:
+            calls[0].dbeside = dbeside.data_ptr()
+        ctx.library.dense_backward(calls, len(calls))
+        return dys[0] if asked else None, dbeside, dys[-1] if ctx.based else None, None, None, *grads
+
+
+def _calls(
+    plan: tuple[tuple[int, bool], ...], xs: Sequence[Tensor], beside: Tensor | None, weights: Sequence[Tensor | None]
+) -> Any:
+    """What a pass forward needs; of a pass backward, which has no last y, the part that is the same."""
+    calls = (_Call * len(plan))()
+    for i, call in enumerate(calls):
+        if i + 1 < len(xs):
+            call.y = xs[i + 1].data_ptr()
+        if plan[i][1]:
+            call.base = xs[i - 1].data_ptr()
+        gain, shift, weight, bias = weights[4 * i : 4 * i + 4]
+        assert weight is not None and bias is not None
+        x = xs[i]
+        call.rows, call.ldx, call.kind = len(x), x.stride(0), plan[i][0]
+        call.out, call.in_ = weight.shape
+        call.x, call.weight, call.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
+        if gain is not None and shift is not None:
+            call.gain, call.shift = gain.data_ptr(), shift.data_ptr()
+    if beside is not None:
+        calls[0].ldp, calls[0].beside_in, calls[0].beside = beside.stride(0), beside.shape[1], beside.data_ptr()
+    return calls
+
+
+def _add_back(
+    calls: Any, plan: tuple[tuple[int, bool], ...], dys: Sequence[Tensor], grads: Sequence[Tensor | None], asked: bool
+) -> None:
+    """What a pass backward needs beside. asked: whether anybody wants the gradient of the first x."""
+    for i, call in enumerate(calls):
+        call.dy = dys[i + 1].data_ptr()
+        if i or asked:
+            call.dx = dys[i].data_ptr()
+        for name, grad in zip(("dgain", "dshift", "dweight", "dbias"), grads[4 * i : 4 * i + 4], strict=True):
+            if grad is not None:
+                setattr(call, name, grad.data_ptr())
+        if plan[i][1]:
+            calls[i - 1].also = dys[i + 1].data_ptr()

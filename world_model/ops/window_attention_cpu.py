@@ -1,0 +1,74 @@
+"""Attention among the tokens of both streams in compiled code, forward and backward: ``window.attend`` on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from world_model.ops.native import once
+
+
+class _Call(ctypes.Structure):
+    """The struct Attention of attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "F", "P", "H", "d", "skip", "ldw", "lda")),
+        ("scale", ctypes.c_float),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("world", "action", "bias", "out_world", "out_action", "dout_world", "dout_action"),
+                *("dworld", "daction", "dbias"),
+            )
+        ),
+    ]
+
+
+def attend_streams(
+    library: ctypes.CDLL, world: Tensor, action: Tensor, bias: Tensor, skip: int
+) -> tuple[Tensor, Tensor]:
+    """Queries, keys and values [B,F,P,3*I], [B,F,1,3*I] -> what all heads answer [B,F,P,I], [B,F,1,I].
+
+    bias [H,R,N] for the R queries of all N tokens but the first ``skip``, which ask nothing and get zeros.
+    """
+    return _Attend.apply(world, action, bias, skip, library)  # type: ignore[no-any-return]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, world: Tensor, action: Tensor, bias: Tensor, skip: int, library: ctypes.CDLL
+    ) -> tuple[Tensor, Tensor]:
+        bias = bias.contiguous()
+        out = [x.new_empty(*x.shape[:-1], x.shape[-1] // 3) for x in (world, action)]
+        call = _call(world, action, bias, skip)
+        call.out_world, call.out_action = (x.data_ptr() for x in out)
+        library.attention_forward(ctypes.byref(call))
+        ctx.save_for_backward(world, action, bias)
+        ctx.skip, ctx.library = skip, library
+        return out[0], out[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
+        once()
+        world, action, bias = ctx.saved_tensors
+        gains = tuple(x.contiguous() for x in gains)
+        grads = [x.new_empty(x.shape) for x in (world, action, bias)]
+        call = _call(world, action, bias, ctx.skip)
+        call.dout_world, call.dout_action = (x.data_ptr() for x in gains)
+        call.dworld, call.daction, call.dbias = (x.data_ptr() for x in grads)
+        ctx.library.attention_backward(ctypes.byref(call))
+        return *grads, None, None
+
+
+def _call(world: Tensor, action: Tensor, bias: Tensor, skip: int) -> _Call:
+    (batch, frames, tokens, three), heads = world.shape, bias.shape[0]
+    world, action = world.flatten(0, -2), action.flatten(0, -2)  # views: the rows are evenly apart
+    dim = three // 3 // heads
+    call = _Call(batch, frames, tokens, heads, dim, skip, world.stride(0), action.stride(0), dim**-0.5)
+    call.world, call.action, call.bias = world.data_ptr(), action.data_ptr(), bias.data_ptr()
+    call.kept = (world, action)
+    return call

@@ -1,0 +1,1 @@
+"""Whole steps of a frozen model: compiled for a CPU, captured for a GPU."""
