@@ -8,7 +8,7 @@ with suppress(ImportError):
     import triton  # noqa: F401
 
 from envs.chunked import ChunkedActions
-from envs.exact_state import draw, get_state, observation_of, set_state, state_from_observation
+from envs.exact_state import get_state, observation_of, render_observation, set_state, state_from_observation
 from envs.make import make_real
 from envs.robosuite.embodiments import EMBODIMENTS, Embodiment
 from envs.robosuite.experts import Expert

@@ -130,7 +130,7 @@ def settle(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
     return packed
 
 
-def draw(env: gym.Env, obs: ArrayLike) -> Any:
+def render_observation(env: gym.Env, obs: ArrayLike) -> Any:
     """What ``env.render()`` gives for the observation [O], real or dreamed. ``env`` is left in the state drawn.
 
     Of robosuite's tasks Lift can be drawn. Raises as ``state_from_observation`` does, and TypeError where ``env`` was

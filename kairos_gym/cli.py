@@ -191,13 +191,15 @@ def explain(
         dims: which dimensions of the observation to draw; where not given, up to three in which the futures differ most
         out: the picture to write
     """
-    from kairos_gym.evaluation.explain import draw, explain
+    from kairos_gym.evaluation.explain import draw_decision, explain
 
     world, env_id = _world(model, env)
     method = _method(planner, horizon, chunk, candidates, std)
     explained = explain(env_id, world, method, decision=decision, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(explained, dims or None).savefig(out, dpi=100, metadata={"Date": None} if out.suffix == ".svg" else None)
+    draw_decision(explained, dims or None).savefig(
+        out, dpi=100, metadata={"Date": None} if out.suffix == ".svg" else None
+    )
     print(out)
 
 
@@ -240,7 +242,7 @@ def learn(
         penalty=penalty,
         seed=seed,
     )
-    _print_judged(out)
+    _print_evaluations(out)
 
 
 def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPrefixes] = LoopConfig()) -> None:
@@ -255,7 +257,7 @@ def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPr
     from kairos_gym.learning.loop import loop
 
     loop(env_id, out, config)
-    _print_judged(out)
+    _print_evaluations(out)
 
 
 def score(
@@ -461,7 +463,7 @@ def _method(name: Method, horizon: int, chunk: int, candidates: int, std: float)
     return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
 
 
-def _print_judged(out: Path) -> None:
+def _print_evaluations(out: Path) -> None:
     """What the policies in ``out`` earned, time by time."""
     import json
 
@@ -469,7 +471,7 @@ def _print_judged(out: Path) -> None:
 
     from kairos_gym.report import Cell, as_text
 
-    told = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     earned = [[float(np.mean(row[name])) for name in ("imagined", "real")] for row in told]
     rows: list[list[Cell]] = [[f"{row['steps']:,}", *means] for row, means in zip(told, earned, strict=True)]
     print(as_text(["steps", "imagined return", "real return"], rows))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kairos_gym.evaluation.control import Played, plan, play, play_random
+from kairos_gym.evaluation.control import PlayedEpisodes, plan, play, play_random
 from kairos_gym.models import load
 from kairos_gym.report import Report, as_text
 from planners import CEM
@@ -114,7 +114,7 @@ def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int
 
 
 @torch.no_grad()
-def dream_along(world: Dynamics, episodes: Played) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def dream_along(world: Dynamics, episodes: PlayedEpisodes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Dream the episodes' rest after CONTEXT frames with the actions really played -> real, dreamed [E,h,O]."""
     frames = min(map(len, episodes.observations))
     obs = torch.tensor(np.stack([o[:frames] for o in episodes.observations]), dtype=torch.float32)
@@ -129,7 +129,7 @@ def dream_along(world: Dynamics, episodes: Played) -> tuple[NDArray[np.float32],
     return obs[:, CONTEXT:].numpy(), torch.cat(dreamed, dim=1).cpu().numpy()
 
 
-def draw_returns(runs: dict[str, Played]) -> Figure:
+def draw_returns(runs: dict[str, PlayedEpisodes]) -> Figure:
     figure, (axes,) = _figure(1, (6.4, 3.4))
     values = np.stack([run.returns for run in runs.values()])
     axes.plot(values, range(len(runs)), color="#d5dbe3", linewidth=0.8, zorder=1)
@@ -189,7 +189,7 @@ def draw_dreams(real: NDArray[Any], dreamed: NDArray[Any], env_id: str) -> Figur
     return figure
 
 
-def draw_arms(run: Played) -> Figure:
+def draw_arms(run: PlayedEpisodes) -> Figure:
     figure, panels = _figure(4, (6.4, 1.9), square=True)
     for axes, obs in zip(panels, run.observations, strict=False):
         for frame, shade in ((obs[0], "#cfd6df"), (obs[-1], TRUTH)):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from world_model.ops.native import available, on_gpu
+from world_model.ops.native import available, use_triton
 
 Cell = str | int | float
 
@@ -122,7 +122,7 @@ def machine() -> str:
     processor = names[0] if names else platform.processor() or platform.machine()
     gpu = ""
     if torch.cuda.is_available():
-        kernels = "Triton" if on_gpu(torch.empty(0, device="cuda")) else "torch"
+        kernels = "Triton" if use_triton(torch.empty(0, device="cuda")) else "torch"
         gpu = f", {torch.cuda.get_device_name()} with {kernels} kernels"
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "

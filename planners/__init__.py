@@ -8,29 +8,27 @@ from planners.icem import ICEM
 from planners.mpc import MPC
 from planners.mppi import MPPI
 from planners.objective import Objective
-from planners.plan import Kept, Plan
-from planners.policy_guided import Proposed
-from planners.scoring import Scored, score
+from planners.plan import Plan, SearchTrace
+from planners.policy_guided import PolicyGuided
+from planners.scoring import Scores, score
 from planners.search import Search
 from planners.shooting import RandomShooting
-from world_model.dynamics.pessimistic import Cautious
 
 __all__ = [
     "CEM",
     "ICEM",
     "MPC",
     "MPPI",
-    "Cautious",
     "Costable",
     "Gradient",
-    "Kept",
     "Objective",
     "Plan",
     "Planner",
-    "Proposed",
+    "PolicyGuided",
     "RandomShooting",
-    "Scored",
+    "Scores",
     "Search",
     "SearchPlanner",
+    "SearchTrace",
     "score",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planners.objective import Objective
 from planners.scoring import score
-from planners.search import bounds, device_of
+from planners.search import bounds
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -63,7 +63,7 @@ class Costable:
                 f"action_candidates must be [B,N,H,K*A] with A={size}, got {list(action_candidates.shape)}"
             )
         state, obs = self._begin(info_dict, len(action_candidates))
-        actions = action_candidates.to(device_of(state)).unflatten(-1, (-1, size))
+        actions = action_candidates.to(state.device).unflatten(-1, (-1, size))
         actions = actions if self.to_actions is None else self.to_actions(actions)
         actions = actions.clamp(*bounds(spec, actions.device))
         objective = self.objective
@@ -87,7 +87,7 @@ class Costable:
                     f"{self.key!r} must be [B,N,O] or [B,N,T,O] with B={batch} and O={size}, got "
                     f"{list(info_dict[self.key].shape)}"
                 )
-            frames = frames.to(device_of(fresh), torch.float32)
+            frames = frames.to(fresh.device, torch.float32)
             obs = frames[:, -1]
         if remembers:
             return LatentState({k: self._entry(info_dict, _STATE + k).to(t) for k, t in fresh.tensors.items()}), obs

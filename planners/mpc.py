@@ -11,7 +11,7 @@ from torch import Tensor
 from planners.base import Planner
 from planners.objective import Objective
 from planners.plan import Plan
-from planners.search import bounds, device_of
+from planners.search import bounds
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -98,7 +98,7 @@ class MPC:
             state,
             warm=self._warm(),
             seed=self._seeds * 1_000_003 + self._decisions,  # apart for all rows and decisions
-            obs=now.to(device_of(state)),
+            obs=now.to(state.device),
             objective=self.objective,
             keep=self.keep,
         )
@@ -148,10 +148,10 @@ class MPC:
         parts: list[LatentState] = []
         if len(new):
             fresh = self.dynamics.initial(len(new), self._seeds[new])
-            parts.append(self.dynamics.observe(fresh, now[new, None].to(device_of(fresh))))
+            parts.append(self.dynamics.observe(fresh, now[new, None].to(fresh.device)))
         if len(old):
             assert self._state is not None and self.plan is not None  # an old row has been through act
-            rows = old.to(device_of(self._state))
+            rows = old.to(self._state.device)
             before, played = self._state.select(rows), self.plan.actions[rows, 0]
             if inner_obs is None:
                 frames = self._filled_in(before, played, now[old].to(rows.device))
@@ -162,7 +162,7 @@ class MPC:
             parts.append(self.dynamics.observe(before, frames, played))
         if len(parts) == 1:
             return parts[0]
-        order = torch.cat([new, old]).argsort().to(device_of(parts[0]))
+        order = torch.cat([new, old]).argsort().to(parts[0].device)
         return LatentState({k: torch.cat([part[k] for part in parts])[order] for k in parts[0].tensors})
 
     def _filled_in(self, before: LatentState, played: Tensor, now: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from planners.base import SearchPlanner, require_positive
 from planners.plan import Plan
-from planners.scoring import Scored
+from planners.scoring import Scores
 from planners.search import Search
 
 
@@ -48,7 +48,7 @@ class MPPI(SearchPlanner):
             std = std * self.decay
         return search.chosen(mean)
 
-    def _weights(self, scored: Scored) -> Tensor:
+    def _weights(self, scored: Scores) -> Tensor:
         """-> weights [B,N] that sum to 1; a return of -inf weighs nothing while another is finite."""
         worth = scored.value
         if scored.violation is not None:

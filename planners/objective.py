@@ -8,8 +8,7 @@ from math import inf, isfinite
 
 from torch import Tensor
 
-StepFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``fn(obs [...,O], action [...,A], next_obs [...,O]) -> [...]``: what each step earns, or costs."""
+from world_model.contract import StepFn
 
 ValueFn = Callable[[Tensor], Tensor]
 """``fn(obs [R,O]) -> [R]``: what is earned from there on, as a critic tells it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from planners.base import SearchPlanner, require_positive
 from planners.objective import Objective
 from planners.plan import Plan
-from planners.search import Search, bounds, device_of
+from planners.search import Search, bounds
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
@@ -20,7 +20,7 @@ _APART = 0x5EED  # so that the policy's noise isn't the planner's
 
 
 @dataclass(frozen=True)
-class Proposed:
+class PolicyGuided:
     """A planner whose every search begins around what ``policy`` does in the dream.
 
     Of the candidates, ``proposals`` are of the policy acting with noise, as TD-MPC's are (arXiv 2203.04955), and what
@@ -54,7 +54,7 @@ class Proposed:
             raise ValueError("a policy proposes from what it sees: pass the present observations as obs [B,O]")
         begun, planner, n = time.perf_counter(), self.planner, 1 + self.proposals
         search = Search(dynamics, state, (planner.horizon * planner.chunk, 1), seed=torch.as_tensor(seed) ^ _APART)
-        low, high = bounds(dynamics.spec, device_of(state))
+        low, high = bounds(dynamics.spec, state.device)
         noise = self.std * (high - low) / 2 * search.normal(n)  # [B,1+P,H*K,1,A]
         noise[:, 0] = 0
         dream, seen = state.expand(n), obs.repeat_interleave(n, 0)

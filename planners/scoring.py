@@ -12,17 +12,13 @@ from planners.objective import Objective
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-COST = "doubt.cost"
-"""A state's tensor [B,K]: what the steps of its last chunk cost beside their reward, in dynamics that have such
-(``planners.Cautious``)."""
-
 # Dreamed side by side by one ``imagine`` call; more candidates take turns. That bounds the memory, and on a CPU keeps
 # their states in its caches from one chunk to the next.
 MAX_DREAMS = 16_384
 MAX_BYTES = 4 << 20  # of states, on a CPU
 
 
-class Scored(NamedTuple):
+class Scores(NamedTuple):
     """What N candidates for each of B rows were imagined to earn."""
 
     value: Tensor  # [B,N], -inf where it isn't finite
@@ -36,18 +32,18 @@ class Scored(NamedTuple):
         order = self.value.argsort(dim=1, descending=True, stable=True)
         return order.gather(1, self.violation.gather(1, order).argsort(dim=1, stable=True))[:, :n]
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Scored:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
         """With ``change`` made to every tensor that there is."""
         violation = None if self.violation is None else change(self.violation)
-        return Scored(change(self.value), violation, None if self.futures is None else change(self.futures))
+        return Scores(change(self.value), violation, None if self.futures is None else change(self.futures))
 
     @staticmethod
-    def join(parts: Sequence[Scored], dim: int) -> Scored:
+    def join(parts: Sequence[Scores], dim: int) -> Scores:
         """All that was scored alike, one after the other."""
         each = ([x for x in tensors if x is not None] for tensors in zip(*parts, strict=True))
         value, violation, futures = (torch.cat(tensors, dim) if tensors else None for tensors in each)
         assert value is not None
-        return Scored(value, violation, futures)
+        return Scores(value, violation, futures)
 
 
 def score(
@@ -59,7 +55,7 @@ def score(
     obs: Tensor | None = None,
     futures: bool = False,
     gradients: bool = False,
-) -> Scored:
+) -> Scores:
     """Dream every candidate [B,N,H,K,A] from its row of ``state`` -> what it earns.
 
     The value is the sum of discount**t times the reward of inner step t = 0..H*K-1, up to and including the step that
@@ -101,7 +97,7 @@ def score(
             for at, actions in zip(rows.split(most), flat.split(most), strict=True):
                 now, there = (None if x is None else x[at] for x in (obs, goal))
                 parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
-            scored = Scored.join(parts, 0)
+            scored = Scores.join(parts, 0)
     return scored.each(lambda x: x.unflatten(0, (-1, n)))
 
 
@@ -113,7 +109,7 @@ def _dream(
     obs: Tensor | None,
     goal: Tensor | None,
     futures: bool,
-) -> Scored:
+) -> Scores:
     """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
     rewards, ends, costs, seen = [], [], [], []
     looks, chunks = objective.looks, actions.unbind(1)
@@ -130,8 +126,8 @@ def _dream(
             before, obs = torch.cat([obs[:, None], after[:, :-1]], dim=1), after[:, -1]
             if objective.pays:
                 reward = _like(reward, "reward_fn", objective.reward(before, chunk, after, goal))
-                if COST in state.tensors:  # of which an objective knows nothing
-                    reward = reward - state[COST]
+                if imagined.cost is not None:
+                    reward = reward - imagined.cost
             if objective.cost_fn is not None:
                 costs.append(_like(reward, "cost_fn", objective.cost_fn(before, chunk, after)))
                 reward = reward - objective.penalty * costs[-1]
@@ -160,9 +156,9 @@ def _dream(
         value, violation = value.masked_fill(lost, -torch.inf), violation.masked_fill(lost, torch.inf)
     value = value.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     if not futures:
-        return Scored(value, violation)
+        return Scores(value, violation)
     shown = torch.cat(seen, dim=1)
-    return Scored(value, violation, shown if counts is None else torch.where(counts[..., None], shown, torch.nan))
+    return Scores(value, violation, shown if counts is None else torch.where(counts[..., None], shown, torch.nan))
 
 
 def _like(like: Tensor, name: str, given: Tensor) -> Tensor:

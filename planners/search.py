@@ -10,8 +10,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 from planners.objective import Objective
-from planners.plan import Kept, Plan
-from planners.scoring import Scored, score
+from planners.plan import Plan, SearchTrace
+from planners.scoring import Scores, score
 from world_model.contract import Dynamics, Spec
 from world_model.state import LatentState
 
@@ -41,7 +41,7 @@ class Search:
         """shape: (H, K). The others are those of ``Planner.plan``."""
         self._begun = time.perf_counter()
         self.dynamics, self.state, self.objective, self._obs = dynamics, state, objective, obs
-        device = device_of(state)
+        device = state.device
         low, high = bounds(dynamics.spec, device)
         self._chunk, self._repeat = shape[1], repeat
         whole = (state.batch, *shape, low.shape[0])
@@ -74,7 +74,7 @@ class Search:
         # As large as what is clamped to them, which takes a fraction of the time.
         self.low, self.high = (bound.expand(self.mean.shape[1:]).contiguous() for bound in (low, high))  # [H,K,A]
         self._row = torch.arange(state.batch, device=device)
-        self._rounds: list[tuple[Tensor, Scored]] = []  # what was dreamed, [B,N,H,K,A] and [B,N]
+        self._rounds: list[tuple[Tensor, Scores]] = []  # what was dreamed, [B,N,H,K,A] and [B,N]
         self._keep = keep
 
     @property
@@ -82,7 +82,7 @@ class Search:
         """[H,K,A], the unit in which planners state their noise, so that one default fits every action space."""
         return (self.high - self.low) / 2
 
-    def score(self, samples: Tensor, *, gradients: bool = False) -> Scored:
+    def score(self, samples: Tensor, *, gradients: bool = False) -> Scores:
         """Dream candidates [B,N,H,K,A], and remember what they earn."""
         played = self._played(samples)
         scored = score(
@@ -105,8 +105,8 @@ class Search:
             at = scored.best(1)
             actions.append(played[self._row, at[:, 0]])
             violation = None if scored.violation is None else scored.violation.gather(1, at)
-            leaders.append(Scored(scored.value.gather(1, at), violation))
-        joined = Scored.join(leaders, 1)
+            leaders.append(Scores(scored.value.gather(1, at), violation))
+        joined = Scores.join(leaders, 1)
         which = self._row, joined.best(1)[:, 0]
         violation = None if joined.violation is None else joined.violation[which]
         return Plan(torch.stack(actions, 1)[which], joined.value[which], violation=violation)
@@ -138,7 +138,7 @@ class Search:
             elites=None if plan.elites is None else self._played(plan.elites),
             evaluations=sum(played.shape[1] for played in candidates),
             seconds=time.perf_counter() - self._begun,
-            kept=Kept(torch.cat(candidates, 1), Scored.join(scores, 1)) if self._keep else None,
+            kept=SearchTrace(torch.cat(candidates, 1), Scores.join(scores, 1)) if self._keep else None,
         )
 
     def around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -211,8 +211,3 @@ def bounds(spec: Spec, device: torch.device) -> tuple[Tensor, Tensor]:
         )
     low, high = spec.action_bounds
     return torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
-
-
-def device_of(state: LatentState) -> torch.device:
-    """Where a state lives, and with it everything that is planned for it."""
-    return next(iter(state.tensors.values())).device

@@ -102,8 +102,8 @@ def test_a_row_dreams_the_same_alone(fitted: list[Baseline], which: int) -> None
     model, x = fitted[which], torch.rand(5, 1, 2)
     actions = torch.rand(5, 3, 1)
     whole = model.imagine(model.observe(model.initial(5), x), actions)[1]
-    alone = model.imagine(model.observe(model.initial(1), x[3:4]), actions[3:4])[1]
-    assert torch.allclose(whole.obs[3:4], alone.obs, atol=1e-5)  # type: ignore[index, arg-type]
+    batch_of_one = model.imagine(model.observe(model.initial(1), x[3:4]), actions[3:4])[1]
+    assert torch.allclose(whole.obs[3:4], batch_of_one.obs, atol=1e-5)  # type: ignore[index, arg-type]
 
 
 def test_shapes_are_checked(fitted: list[Baseline]) -> None:

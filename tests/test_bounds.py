@@ -31,7 +31,7 @@ def case(pattern: str, tokens: int, heads: int, frames: int, size: float, apart:
     state = model.observe(model.initial(2), past, play[:, :3])
     other = model.observe(model.initial(2), past + draw(2, 3, 3), play[:, :3]) if apart else None
     drifts = memory_drift(model, state, real, dreamed, play[:, 3:], other)
-    assert list(drifts) == [i for i, letter in enumerate(pattern) if letter == "G"]
+    assert list(drifts) == [i for i, kind in enumerate(pattern) if kind == "G"]
     for drift in drifts.values():
         holds(drift)
         assert apart or not drift.error[..., 0].any()

@@ -22,7 +22,7 @@ from kairos_gym.data.collect import collect
 from kairos_gym.demo import show
 from kairos_gym.evaluation.control import plan, play, play_random
 from kairos_gym.evaluation.open_loop import score
-from kairos_gym.policies.ladder import learned, scripted
+from kairos_gym.policies.ladder import scripted_policies, trained_policies
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
 from world_model.model.world_model import WorldModel
@@ -320,7 +320,7 @@ def test_calibrate_and_compare(
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     space = gym.make("Pendulum-v1").action_space
-    few = scripted(space) + learned("Pendulum-v1", tmp_path / "policies", steps=64, progress=False)
+    few = scripted_policies(space) + trained_policies("Pendulum-v1", tmp_path / "policies", steps=64, progress=False)
     monkeypatch.setattr("kairos_gym.evaluation.compare.ladder", lambda env_id, **_: few)
     main(["collect", "Pendulum-v1", "kairos/train-v0", "--episodes", "6", "--episode-steps", "40"])
     main(["collect", "Pendulum-v1", "kairos/more-v0", "--episodes", "40", "--episode-steps", "30", "--seed", "1"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import box_spec
 
-from kairos_gym.policies.cloning import best, cloned
+from kairos_gym.policies.cloning import best, clone
 from world_model.episodes import Episodes
 
 
@@ -25,7 +25,7 @@ def played(count: int, gain: float, seed: int = 0) -> Episodes:
 
 
 def test_a_clone_does_what_was_done() -> None:
-    policy = cloned(box_spec(2, 2, chunk=1), played(60, 0.8), updates=800)
+    policy = clone(box_spec(2, 2, chunk=1), played(60, 0.8), updates=800)
     obs = torch.rand(64, 2, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
     assert (policy(obs) + 0.8 * obs).abs().max() < 0.1
     assert (policy(1e6 * obs).abs() <= 1).all()

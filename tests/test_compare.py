@@ -24,7 +24,7 @@ from kairos_gym.evaluation.compare import compare, expect_apart
 from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
 from kairos_gym.evaluation.rollouts import play_real
 from kairos_gym.learning.train import train
-from kairos_gym.policies.ladder import Policy, scripted
+from kairos_gym.policies.ladder import Policy, scripted_policies
 from world_model.contract import Imagined
 from world_model.episodes import Episodes
 from world_model.state import LatentState
@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = dict(episodes=3, horizon=12, context=4, limit=30, progre
 def policies(env_id: str) -> list[Policy]:
     space = gym.make(env_id).action_space
     assert isinstance(space, gym.spaces.Box)
-    still, uniform, held, sine = scripted(space)
+    still, uniform, held, sine = scripted_policies(space)
     gentle = Policy("gentle", lambda obs, step, seeds: 0.3 * uniform.act(obs, step, seeds))
     return [still, uniform, held, sine, gentle]
 
@@ -172,15 +172,15 @@ def test_starts_that_are_solved_are_refused_and_success_is_timed() -> None:
     assert said["success"] == pytest.approx(np.isfinite(real[1]).mean())
     # Pendulum pays most where it is upright, and the truth foresees that exactly.
     h = max(numbers["foreseen_success"], key=int)
-    foreseen = numbers["foreseen_success"][h]
+    draft_cache = numbers["foreseen_success"][h]
     windows = found.windows
     began = upright(windows.episodes.obs[windows.at].numpy())
     assert (
-        foreseen["solved"]
+        draft_cache["solved"]
         == upright(windows.real[0].numpy().reshape(-1, 3)).reshape(len(began), -1).any(1)[~began].sum()
     )
-    assert foreseen["solved"] + foreseen["not"] == (~began).sum()
-    assert foreseen["auc"] > 0.9
+    assert draft_cache["solved"] + draft_cache["not"] == (~began).sum()
+    assert draft_cache["auc"] > 0.9
     with pytest.raises(ValueError, match="begin already solved"):
         play_real("Pendulum-v1", policies("Pendulum-v1"), episodes=2, seed=0, success_fn=lambda obs: obs[:, 0] < 2)
     with pytest.raises(ValueError, match="success_fn must return bool"):
@@ -218,7 +218,7 @@ def test_evaluation_on_training_episodes_is_refused(trained: Path) -> None:
     played = data.action[1:41].numpy()
     copy = Policy("copy", lambda obs, step, seeds: np.repeat(played[min(step, 39)][None], len(seeds), 0))
     assert isinstance(space, gym.spaces.Box)
-    about = {**QUICK, "seed": seed, "policies": [copy, *scripted(space)]}
+    about = {**QUICK, "seed": seed, "policies": [copy, *scripted_policies(space)]}
     with pytest.raises(ValueError, match=r"steps of the evaluation are in the training data pp/train-v0"):
         compare(trained, **{**about, "references": True})
     with pytest.raises(ValueError, match=r"evaluation episodes \[0\] begin where training episodes did"):

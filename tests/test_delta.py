@@ -132,7 +132,7 @@ def test_keys_may_forget_all(kernels: str, monkeypatch: pytest.MonkeyPatch) -> N
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         native.library("delta")
-    except native.NotHere as error:
+    except native.KernelUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setenv("KAIROS_KERNELS", "native")
 

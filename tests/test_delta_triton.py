@@ -113,11 +113,11 @@ def test_trained_is_recurrent(
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_each_output_may_be_the_only_one_that_matters(which: int) -> None:
-    for wanted in range(which, 6):  # the memory hangs on no query
+    for kernel_choice in range(which, 6):  # the memory hangs on no query
         grads: list[Tensor] = []
         for form, args in ((TRUTH, inputs(18, 18)), (FORM, on_device(*inputs(18, 18)))):
-            xs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(args)]
-            grads += torch.autograd.grad(form(*xs, at=range(1, 19))[which].sum(), xs[wanted])
+            xs = [x.detach().requires_grad_(i == kernel_choice) for i, x in enumerate(args)]
+            grads += torch.autograd.grad(form(*xs, at=range(1, 19))[which].sum(), xs[kernel_choice])
         a, b = grads
         torch.testing.assert_close(b.double().cpu(), a, rtol=1e-4, atol=1e-5)
 

@@ -18,7 +18,7 @@ from walks import Walk
 
 import kairos_gym
 from kairos_gym import DreamEnv, DreamVectorEnv
-from kairos_gym.dream.steps import Inner, is_plain
+from kairos_gym.dream.steps import InnerSteps, is_uneventful
 from world_model.contract import Imagined, Spec
 from world_model.state import LatentState
 
@@ -111,11 +111,11 @@ def test_stock_wrappers() -> None:
 
 
 def test_a_row_is_a_dream_env() -> None:
-    env, alone = begun(), DreamEnv(Walk())
-    alone.reset(seed=1)
+    env, batch_of_one = begun(), DreamEnv(Walk())
+    batch_of_one.reset(seed=1)
     row = env.row(1)
     one = np.ones(2, np.float32)
-    for x, y in zip(row.step(one)[:4], alone.step(one)[:4], strict=True):
+    for x, y in zip(row.step(one)[:4], batch_of_one.step(one)[:4], strict=True):
         np.testing.assert_allclose(x, y)
     np.testing.assert_array_equal(row.step(one)[0], env.observations[1])
     np.testing.assert_array_equal(env.observations[0], begun().observations[0], "the others stand still")
@@ -169,15 +169,15 @@ def test_forks_share_nothing() -> None:
 
 
 def test_a_snapshot_is_of_a_row_too() -> None:
-    env, alone = begun(sampled=True), DreamEnv(Walk(), sampled=True)
+    env, batch_of_one = begun(sampled=True), DreamEnv(Walk(), sampled=True)
     action = np.ones(2, np.float32)
     env.step(np.ones((3, 2), np.float32))
-    np.testing.assert_array_equal(alone.restore(env.snapshot([2])), env.observations[2])
-    step = alone.step(action)[0]
+    np.testing.assert_array_equal(batch_of_one.restore(env.snapshot([2])), env.observations[2])
+    step = batch_of_one.step(action)[0]
     np.testing.assert_allclose(env.row(2).step(action)[0], step, atol=1e-6)
-    env.restore(alone.snapshot(), rows=[0])
+    env.restore(batch_of_one.snapshot(), rows=[0])
     np.testing.assert_allclose(env.observations[0], step, atol=1e-6)
-    np.testing.assert_array_equal(alone.reset()[0], env.row(0).reset()[0])
+    np.testing.assert_array_equal(batch_of_one.reset()[0], env.row(0).reset()[0])
 
 
 def test_the_state_does_not_grow() -> None:
@@ -477,7 +477,9 @@ def test_whether_a_step_is_plain_is_told_alike_on_any_device(what: str) -> None:
     ends[1, 2] = what == "end"
     obs[0, 1, 2] = {"nan": torch.nan, "inf": -torch.inf}.get(what, 1.0)
     imagined = Imagined(None if what == "undecoded" else obs, reward, ends)
-    assert is_plain(imagined, Inner.of(imagined)) == is_plain(imagined, None) == (what in ("", "undecoded"))
+    assert (
+        is_uneventful(imagined, InnerSteps.of(imagined)) == is_uneventful(imagined, None) == (what in ("", "undecoded"))
+    )
 
 
 def test_shipped_models() -> None:

@@ -152,9 +152,9 @@ def test_interleavings_of_a_world_model(data: st.DataObject, pattern: str) -> No
 def test_a_dream_is_the_same_in_any_batch(sampled: bool) -> None:
     model, rng = dreamer(), np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
-    alone = DreamEnv(model, sampled=sampled)
-    alone.reset(seed=107)
-    want = [alone.step(action)[0] for action in actions]
+    batch_of_one = DreamEnv(model, sampled=sampled)
+    batch_of_one.reset(seed=107)
+    want = [batch_of_one.step(action)[0] for action in actions]
     for batch in (8, 100, 1024):
         env = DreamVectorEnv(model, batch, sampled=sampled)
         env.reset(seed=[*range(200, 199 + batch), 107])

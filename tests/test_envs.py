@@ -19,10 +19,10 @@ import kairos_gym  # noqa: F401  (names the swing-up)
 from envs import (
     ChunkedActions,
     SimulatorDynamics,
-    draw,
     get_state,
     make_real,
     observation_of,
+    render_observation,
     set_state,
     state_from_observation,
 )
@@ -171,7 +171,7 @@ def test_what_no_state_can_be_read_from(sims: dict[str, gym.Env]) -> None:
     with pytest.raises(ValueError, match="finite numbers"):
         set_state(env, get_state(env)[:-1])
     with pytest.raises(TypeError, match="render_mode"):
-        draw(env, obs)
+        render_observation(env, obs)
 
 
 def test_drawing_an_observation_draws_the_env_that_shows_it() -> None:
@@ -179,9 +179,9 @@ def test_drawing_an_observation_draws_the_env_that_shows_it() -> None:
     env, other = (make_real("Pendulum-v1", render_mode="rgb_array") for _ in range(2))
     obs, _ = env.reset(seed=3)
     other.reset(seed=4)
-    picture = draw(other, obs)
+    picture = render_observation(other, obs)
     np.testing.assert_array_equal(picture, np.asarray(env.render()))
-    assert (draw(other, [-1.0, 0.0, 0.0]) != picture).any()
+    assert (render_observation(other, [-1.0, 0.0, 0.0]) != picture).any()
 
 
 # --- the swing-up
@@ -409,8 +409,8 @@ def test_a_future_is_the_same_alone_and_in_any_row(
     assert isinstance(after, LatentState) and isinstance(after, State) and after.tensors.keys() == batch.tensors.keys()
     assert after.nbytes == batch.nbytes
     for row, state in enumerate(states):
-        alone, mine = dynamics.imagine(LatentState.from_bytes(state.to_bytes()), actions[row : row + 1])
-        assert alone.to_bytes() == after.select(torch.tensor([row])).to_bytes()
+        batch_of_one, mine = dynamics.imagine(LatentState.from_bytes(state.to_bytes()), actions[row : row + 1])
+        assert batch_of_one.to_bytes() == after.select(torch.tensor([row])).to_bytes()
         for a, b in zip(mine, imagined, strict=True):
             assert a is not None and b is not None and torch.equal(a[0], b[row])
     _, blind = dynamics.imagine(batch, actions, decode=False)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from envs import SimulatorDynamics
-from kairos_gym.evaluation.explain import draw, explain
+from kairos_gym.evaluation.explain import draw_decision, explain
 from planners import CEM, MPPI, Objective, Planner
 
 
@@ -18,14 +18,14 @@ def test_what_the_truth_foresees_happens(planner: Planner, tmp_path: Path) -> No
     assert kept is not None and kept.scored.futures is not None
     chosen = (kept.candidates[0] == plan.actions[0]).flatten(1).all(1)
     np.testing.assert_allclose(kept.scored.futures[0, chosen][0], explained.real, atol=1e-4)
-    figure = draw(explained)
+    figure = draw_decision(explained)
     *axes, returns = figure.axes
     assert [ax.get_title() for ax in axes] == ["observation 0", "observation 1", "observation 2"]
     assert len(axes[0].lines) == plan.evaluations + 2
     dots = returns.collections[0]
     assert isinstance(dots, PathCollection) and np.shape(dots.get_offsets()) == (plan.evaluations, 2)
     figure.savefig(tmp_path / "plan.svg")
-    assert [ax.get_title() for ax in draw(explained, [2]).axes] == ["observation 2", "imagined return"]
+    assert [ax.get_title() for ax in draw_decision(explained, [2]).axes] == ["observation 2", "imagined return"]
 
 
 def test_ends_and_limits_show(tmp_path: Path) -> None:
@@ -35,10 +35,10 @@ def test_ends_and_limits_show(tmp_path: Path) -> None:
     explained = explain(env, SimulatorDynamics(env), CEM(20, candidates=30, elites=4, std=1.0), limit, decision=0)
     scored = explained.plan.kept.scored  # type: ignore[union-attr]
     assert scored.futures.isnan().any() and (scored.violation > 0).any()  # type: ignore[union-attr, operator]
-    draw(explained).savefig(tmp_path / "plan.svg")
+    draw_decision(explained).savefig(tmp_path / "plan.svg")
     for dims in ([7], [-1], []):
         with pytest.raises(ValueError, match="dims must be some of 0 to 3"):
-            draw(explained, dims)
+            draw_decision(explained, dims)
     with pytest.raises(ValueError, match="decision must be at least 0"):
         explain(env, SimulatorDynamics(env), CEM(1), decision=-1)
     with pytest.raises(ValueError, match=r"ends after \d+ decisions: explain an earlier one than 400"):

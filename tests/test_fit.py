@@ -82,8 +82,8 @@ def test_learns_what_only_the_memory_knows(tmp_path: Path) -> None:
     state = model.observe(model.initial(40), obs[:, :10], act[:, :10])
     _, imagined = model.imagine(state, act[:, 10:])
     persistence = rms(obs[:, 9:10] - obs[:, 10:])
-    guess = model.guess(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
-    assert rms(model.scaling.raw_obs(guess.mean) - obs[:, 10:]) > 0.9 * persistence
+    predict_draft = model.predict_draft(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
+    assert rms(model.scaling.raw_obs(predict_draft.mean) - obs[:, 10:]) > 0.9 * persistence
     assert rms(dreamt(imagined) - obs[:, 10:]) < 0.75 * persistence
 
 
@@ -254,7 +254,7 @@ def test_a_bound_that_is_overshot_costs_nothing(tmp_path: Path) -> None:
         model = WorldModel(WorldModelConfig(1, 1, **SMALL | {"chunk": 8}), spec)
         run = Run(model, Episodes.stack(stuck), SHORT, tmp_path, "")
         assert model.draft is not None
-        model.draft.leave.bias.data[0] = reach
+        model.draft.out_proj.bias.data[0] = reach
         run._backward({"draft": run._draft_losses()["draft"]})
-        grad = model.draft.leave.bias.grad
+        grad = model.draft.out_proj.bias.grad
         assert grad is not None and (grad[0] != 0) == learns

@@ -22,12 +22,12 @@ from torch import Tensor
 from world_model.contract import Imagined
 from world_model.model.world_model import WorldModel
 from world_model.ops import native
-from world_model.runtime.compiled_step import fused
+from world_model.runtime.compiled_step import compiled_step
 from world_model.state import LatentState
 
 try:
     native.library("dream")
-except native.NotHere as error:
+except native.KernelUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 HOUSE = Path(__file__).parent.parent
@@ -49,11 +49,11 @@ def dream(
     model: WorldModel, batch: int, frames: int, chunks: list[int], **how: Any
 ) -> tuple[LatentState, list[Imagined]]:
     """A dream that begins with evidence and goes on by chunks, in the model's dtype."""
-    obs, actions = (x.to(model.error) for x in evidence(model, batch, frames))
+    obs, actions = (x.to(model.draft_error) for x in evidence(model, batch, frames))
     state = model.observe(model.initial(batch, torch.arange(batch)), obs, actions)
     out = []
     for i, k in enumerate(chunks):
-        state, imagined = model.imagine(state, evidence(model, batch, k, seed=i + 1)[1].to(model.error), **how)
+        state, imagined = model.imagine(state, evidence(model, batch, k, seed=i + 1)[1].to(model.draft_error), **how)
         out.append(imagined)
     return state, out
 
@@ -68,7 +68,7 @@ def numbers(state: LatentState, dreamed: list[Imagined]) -> dict[str, Tensor]:
 def assert_as(model: WorldModel, batch: int, frames: int, chunks: list[int], **how: Any) -> None:
     """The compiled step is about as near to the truth in float64 as the torch step is."""
     fast, dreamed = dream(model, batch, frames, chunks, **how)
-    assert fused(model, fast) is not None
+    assert compiled_step(model, fast) is not None
     assert all(t.is_contiguous() for t in fast.tensors.values())
     assert all(x.terminated.dtype == torch.bool and x.terminated.shape == x.reward.shape for x in dreamed)
     with pytest.MonkeyPatch.context() as patch:
@@ -152,8 +152,8 @@ def test_a_row_alone_a_row_of_many_and_more_threads() -> None:
     actions = evidence(model, 60, 4, seed=9)[1]
     after, all_of_them = model.imagine(state, actions, sampled=True)
     for row in (0, 7, 59):
-        one, alone = model.imagine(state.select(torch.tensor([row])), actions[row : row + 1], sampled=True)
-        torch.testing.assert_close(dreamt(alone)[0], dreamt(all_of_them)[row], rtol=0, atol=1e-5)
+        one, batch_of_one = model.imagine(state.select(torch.tensor([row])), actions[row : row + 1], sampled=True)
+        torch.testing.assert_close(dreamt(batch_of_one)[0], dreamt(all_of_them)[row], rtol=0, atol=1e-5)
         torch.testing.assert_close(one["2.k"][0], after["2.k"][row], rtol=0, atol=1e-5)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -199,7 +199,7 @@ def test_states_of_another_form_are_torchs_business() -> None:
         LatentState({name: t for name, t in state.tensors.items() if name != "seed"}),
     ]
     for other in others:
-        assert fused(model, other) is None
+        assert compiled_step(model, other) is None
     with pytest.raises(RuntimeError):
         model.imagine(others[0], actions)
     before = state.replace(age=torch.tensor([-(2**28), 5]))  # no memory at all, whoever computes
@@ -229,15 +229,15 @@ def test_a_model_in_training_is_dreamt_by_torch() -> None:
     model = tiny_model("SG")
     state, _ = dream(model, 2, 2, [])
     actions = evidence(model, 2, 1)[1]
-    assert fused(model, state) is not None
+    assert compiled_step(model, state) is not None
     assert model.draft is not None
     model.draft.requires_grad_(True)  # a part is enough
-    assert fused(model, state) is None
+    assert compiled_step(model, state) is None
     assert dreamt(model.imagine(state, actions)[1]).requires_grad
     model.draft.requires_grad_(False)
-    assert fused(model, state) is not None
+    assert compiled_step(model, state) is not None
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused(model, state) is None
+        assert compiled_step(model, state) is None
 
 
 def test_weights_that_change_are_seen() -> None:
@@ -256,12 +256,12 @@ def test_weights_that_change_are_seen() -> None:
     model.load_state_dict(weights)
     assert not torch.allclose(second, dreamed())
     third = dreamed()
-    model.draft.leave.bias.data = model.draft.leave.bias.data + 0.1  # type: ignore[union-attr]
+    model.draft.out_proj.bias.data = model.draft.out_proj.bias.data + 0.1  # type: ignore[union-attr]
     assert not torch.allclose(third, dreamed())
     model.load_state_dict({name: t + 0.05 for name, t in model.state_dict().items()}, assign=True)
     torch.testing.assert_close(dreamed(), dreamt(copy.deepcopy(model).imagine(state, actions)[1]))
     model.requires_grad_(False).double()
-    assert fused(model, state) is None
+    assert compiled_step(model, state) is None
     model.float()
     model.scaling.obs_mean += 1.0
     torch.testing.assert_close(dreamed(), dreamt(copy.deepcopy(model).imagine(state, actions)[1]))
@@ -272,23 +272,23 @@ def test_gradients_come_from_torch() -> None:
     model = tiny_model("SG")
     state, _ = dream(model, 2, 2, [])
     actions = evidence(model, 2, 2)[1].requires_grad_()
-    assert fused(model, state, actions) is None
+    assert compiled_step(model, state, actions) is None
     after, imagined = model.imagine(state, actions)
     dreamt(imagined).sum().backward()
     assert actions.grad is not None and actions.grad.abs().sum() > 0
-    assert after["0.k"].requires_grad and fused(model, after) is None
+    assert after["0.k"].requires_grad and compiled_step(model, after) is None
     with torch.no_grad():
-        assert fused(model, state, actions) is not None
+        assert compiled_step(model, state, actions) is not None
 
 
 def test_torch_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("SG")
     state, _ = dream(model, 2, 2, [])
     monkeypatch.setenv("KAIROS_KERNELS", "torch")
-    assert fused(model, state) is None
+    assert compiled_step(model, state) is None
     monkeypatch.setenv("KAIROS_KERNELS", "fast")
     with pytest.raises(ValueError, match="KAIROS_KERNELS must be one of auto, torch, native, eager, got 'fast'"):
-        fused(model, state)
+        compiled_step(model, state)
 
 
 DREAM = """

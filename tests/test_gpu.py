@@ -26,7 +26,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def begun(model: WorldModel, batch: int) -> tuple[LatentState, Tensor]:
     """Dreams that begin as real episodes did, and 8 chunks to play [8,B,K,A]."""
     assert model.starts is not None
-    obs = model.starts.obs[torch.arange(batch) % len(model.starts.obs), :1].to(model.error)
+    obs = model.starts.obs[torch.arange(batch) % len(model.starts.obs), :1].to(model.draft_error)
     low, high = model.scaling.action_low, model.scaling.action_high
     g = torch.Generator().manual_seed(0)
     chance = torch.rand(8, batch, model.config.chunk, model.config.action_dim, generator=g)
@@ -103,9 +103,9 @@ def test_what_is_planned_together_is_planned_alone() -> None:
     planner = CEM(3, 4, candidates=16, elites=4, iterations=2)
     whole = planner.plan(model, state, seed=torch.arange(3))
     for b in range(3):
-        alone = planner.plan(model, state.select(torch.tensor([b], device="cuda")), seed=b)
-        torch.testing.assert_close(whole.actions[b : b + 1], alone.actions, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(whole.value[b : b + 1], alone.value, rtol=1e-3, atol=1e-3)
+        batch_of_one = planner.plan(model, state.select(torch.tensor([b], device="cuda")), seed=b)
+        torch.testing.assert_close(whole.actions[b : b + 1], batch_of_one.actions, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(whole.value[b : b + 1], batch_of_one.value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("kernels")

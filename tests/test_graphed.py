@@ -18,7 +18,7 @@ from world_model.contract import Imagined
 from world_model.model.world_model import WorldModel
 from world_model.ops.constants import held, index
 from world_model.ops.delta_rule import delta_chunked
-from world_model.runtime.cuda_graph import MOST, Graphs, Repeated, graphed
+from world_model.runtime.cuda_graph import MOST, CaptureCache, CudaGraphs, cuda_graphs
 from world_model.runtime.weight_cache import made
 from world_model.state import LatentState
 
@@ -53,13 +53,15 @@ class Capture(TorchDispatchMode):
 def seen(model: WorldModel, batch: int, seed: int = 0) -> LatentState:
     """Dreams that have seen one frame."""
     obs = torch.randn(batch, 1, model.config.obs_dim, generator=torch.Generator().manual_seed(seed))
-    return model.observe(model.initial(batch, torch.arange(batch, device=model.error.device)), obs.to(model.error))
+    return model.observe(
+        model.initial(batch, torch.arange(batch, device=model.draft_error.device)), obs.to(model.draft_error)
+    )
 
 
 def played(model: WorldModel, batch: int, k: int, seed: int = 0) -> Tensor:
     """Actions within the bounds [B,K,A]."""
     g = torch.Generator().manual_seed(seed)
-    return (4 * torch.rand(batch, k, model.config.action_dim, generator=g) - 2).to(model.error)
+    return (4 * torch.rand(batch, k, model.config.action_dim, generator=g) - 2).to(model.draft_error)
 
 
 def to(state: LatentState, device: str) -> LatentState:
@@ -161,7 +163,7 @@ def test_who_comes_again() -> None:
     def ask(key: int) -> int | None:
         return repeated.get(key, lambda: make(key))
 
-    repeated = Repeated[int](2)
+    repeated = CaptureCache[int](2)
     assert [ask(1), ask(1), ask(1)] == [None, 1, 1]
     assert [ask(key) for key in (2, 2, 1, 3, 3)] == [None, 2, 1, None, 3]  # 2 had to go: 1 was asked for since
     assert [ask(key) for key in (1, 3, 2, 2)] == [1, 3, None, 2]
@@ -176,7 +178,7 @@ def test_who_comes_again() -> None:
 def test_a_cpu_has_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAIROS_KERNELS", "native")
     model = tiny_model("S")
-    assert graphed(model, model.initial(1), played(model, 1, 1)) is None
+    assert cuda_graphs(model, model.initial(1), played(model, 1, 1)) is None
 
 
 def test_low_precision_is_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +192,11 @@ def test_low_precision_is_the_products_alone(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("KAIROS_KERNELS", choice)
         for pattern, sizes in (("S", {}), ("D", {}), ("G", {}), ("SDGS", dict(tokens=2)), ("GD", dict(draft=False))):
             model = tiny_model(pattern, draft_frames=2, **sizes)
-            exact, dream = long_dream(model)
+            no_autocast, dream = long_dream(model)
             with torch.autocast("cpu", torch.bfloat16):
                 low, rounded = long_dream(model)
             assert {name: t.dtype for name, t in low.tensors.items()} == {
-                name: t.dtype for name, t in exact.tensors.items()
+                name: t.dtype for name, t in no_autocast.tensors.items()
             }
             assert all(dreamt(x).dtype == x.reward.dtype == torch.float32 for x in rounded)
             for near, part in ((0.02 if model.draft else 0.1, dreamt), (0.1, lambda x: x.reward[..., None])):
@@ -239,7 +241,7 @@ def assert_same(ours: tuple[LatentState, Imagined], theirs: tuple[LatentState, I
 
 def graphs(model: WorldModel) -> list[Any]:
     form = made[model]
-    assert isinstance(form, Graphs)
+    assert isinstance(form, CudaGraphs)
     return list(form._graphs._made.values())
 
 
@@ -308,7 +310,7 @@ def test_weights_that_change_are_seen(gpu: pytest.MonkeyPatch) -> None:
     dreamed()
     assert model.draft is not None
     model.draft.requires_grad_(True)
-    assert graphed(model, state, actions) is None and model not in made
+    assert cuda_graphs(model, state, actions) is None and model not in made
     assert dreamt(model.imagine(state, actions)[1]).requires_grad
     model.draft.requires_grad_(False)
     dreamed()
@@ -319,13 +321,13 @@ def test_weights_that_change_are_seen(gpu: pytest.MonkeyPatch) -> None:
 def test_who_needs_each_kernel_has_it(gpu: pytest.MonkeyPatch) -> None:
     model = tiny_model("SDG").cuda()
     state, actions = seen(model, 2), played(model, 2, 2)
-    assert graphed(model, state, actions) is not None
-    assert graphed(model, state, actions.clone().requires_grad_()) is None
-    assert graphed(model, state.replace(obs=state["obs"].double()), actions) is None
-    assert graphed(model, to(state, "cpu"), actions) is None
+    assert cuda_graphs(model, state, actions) is not None
+    assert cuda_graphs(model, state, actions.clone().requires_grad_()) is None
+    assert cuda_graphs(model, state.replace(obs=state["obs"].double()), actions) is None
+    assert cuda_graphs(model, to(state, "cpu"), actions) is None
     for choice in ("eager", "torch"):
         gpu.setenv("KAIROS_KERNELS", choice)
-        assert graphed(model, state, actions) is None
+        assert cuda_graphs(model, state, actions) is None
 
 
 @on_a_gpu
@@ -391,5 +393,5 @@ def test_where_none_can_be_captured_each_kernel_is_launched(
     for _ in range(4):
         ours = model.imagine(state, actions)
     assert capsys.readouterr().err.count("without CUDA graphs") == 1
-    assert len(BROKEN) == 1 and graphed(model, state, actions) is None
+    assert len(BROKEN) == 1 and cuda_graphs(model, state, actions) is None
     assert_same(ours, plain(model, state, actions, gpu))

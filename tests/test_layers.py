@@ -20,7 +20,7 @@ from world_model.ops.window_attention_cpu import attend_streams
 
 try:
     native.library("dense")
-except native.NotHere as error:
+except native.KernelUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 SIZES = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 64, 100])
@@ -103,13 +103,13 @@ def test_layers(rows: int, size: int, out: int, beside: int) -> None:
 def test_a_chain_with_residuals(rows: int, sizes: tuple[int, int, int], frozen: bool) -> None:
     torch.manual_seed(0)
     size, width, out = sizes
-    enter, leave, norms = nn.Linear(size, width), nn.Linear(width, out), [nn.LayerNorm(width) for _ in range(2)]
+    in_proj, out_proj, norms = nn.Linear(size, width), nn.Linear(width, out), [nn.LayerNorm(width) for _ in range(2)]
     wide, narrow = ([nn.Linear(a * width, b * width) for _ in range(2)] for a, b in ((1, 2), (1, 1)))
-    layers = [Layer("plain", enter)]
+    layers = [Layer("plain", in_proj)]
     for i in range(2):
         layers += [Layer("norm", wide[i], norms[i]), Layer("gated", narrow[i], residual=True)]
-    layers += [Layer("silu", leave)]
-    modules = nn.ModuleList([enter, leave, *norms, *wide, *narrow]).requires_grad_(not frozen)
+    layers += [Layer("silu", out_proj)]
+    modules = nn.ModuleList([in_proj, out_proj, *norms, *wide, *narrow]).requires_grad_(not frozen)
     assert_as(lambda x: chain(x, layers), modules, [torch.randn(rows, size)])
 
 
@@ -181,7 +181,7 @@ def test_attention(batch: int, frames: int, tokens: int, heads: int, dim: int, a
 
 @settings(max_examples=60, deadline=None)
 @given(
-    letter=st.sampled_from("SDG"),
+    kind=st.sampled_from("SDG"),
     last=st.booleans(),
     clean=st.integers(1, 20),
     chunks=st.integers(0, 4),
@@ -193,7 +193,7 @@ def test_attention(batch: int, frames: int, tokens: int, heads: int, dim: int, a
     seed=st.integers(0, 1000),
 )
 def test_blocks(
-    letter: str,
+    kind: str,
     last: bool,
     clean: int,
     chunks: int,
@@ -207,7 +207,7 @@ def test_blocks(
     """A whole layer of the trunk: what it gives, what it remembers, and the gradients of everything."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(width=8, action_width=6, window=3, dilation=2, taps=2, chunk=3)
-    block = Block(letter, WorldModelConfig(3, 2, tokens=tokens, heads=heads, head_dim=dim, **sizes), last)
+    block = Block(kind, WorldModelConfig(3, 2, tokens=tokens, heads=heads, head_dim=dim, **sizes), last)
     with torch.no_grad():
         for p in block.parameters():
             p.add_(0.3 * torch.randn_like(p))

@@ -19,15 +19,15 @@ from toys import PointMass
 from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
 from kairos_gym.learning.learn import learn as learn_in_dream
-from kairos_gym.policies.sb3 import ALGORITHMS, Algorithm, Judged, Mixed, Record, judge, learn, make
-from planners import Cautious
-from world_model.episodes import Starts
+from kairos_gym.policies.sb3 import ALGORITHMS, Algorithm, Evaluation, Mixed, Record, evaluate, learn, make
+from world_model.dynamics import Pessimistic
+from world_model.episodes import StartStates
 
 
 def mass(dreams: int, steps: int = 12) -> DreamVecEnv:
     """Points within +-1 of home that have 12 steps to get there."""
     toy: Any = PointMass(1, dt=0.2)
-    toy.starts = Starts(torch.linspace(-1, 1, 41).view(-1, 1, 1), torch.zeros(41, 1, 1))
+    toy.starts = StartStates(torch.linspace(-1, 1, 41).view(-1, 1, 1), torch.zeros(41, 1, 1))
     return DreamVecEnv(toy, dreams, max_episode_steps=steps)
 
 
@@ -55,14 +55,14 @@ def test_a_share_of_every_batch_is_real(share: float, real: int) -> None:
 def test_a_perfect_dream_promises_what_is_earned() -> None:
     real = DummyVecEnv([lambda: make_real("Pendulum-v1")] * 3)
     truth: Any = SimulatorDynamics("Pendulum-v1")
-    truth.starts = Starts(torch.tensor([[[1.0, 0.0, 0.0]]]), torch.zeros(1, 1, 1))
+    truth.starts = StartStates(torch.tensor([[[1.0, 0.0, 0.0]]]), torch.zeros(1, 1, 1))
     dream = DreamVecEnv(truth, 3, max_episode_steps=200)
     policy = make("sac", dream, seed=1)
-    judged = judge(policy, real, dream, seed=5)
-    assert judged.imagined is not None and len(set(judged.real)) == 3
-    np.testing.assert_allclose(judged.imagined, judged.real, rtol=1e-3)
-    np.testing.assert_array_equal(judge(policy, real, seed=5).real, judged.real)
-    assert not np.array_equal(judge(policy, real, seed=6).real, judged.real)
+    evaluation = evaluate(policy, real, dream, seed=5)
+    assert evaluation.imagined is not None and len(set(evaluation.real)) == 3
+    np.testing.assert_allclose(evaluation.imagined, evaluation.real, rtol=1e-3)
+    np.testing.assert_array_equal(evaluate(policy, real, seed=5).real, evaluation.real)
+    assert not np.array_equal(evaluate(policy, real, seed=6).real, evaluation.real)
 
 
 @pytest.mark.slow
@@ -92,17 +92,17 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
     first = run(800)
     assert first.num_timesteps == 800
-    kept = (tmp_path / "judged.jsonl").read_text()
+    kept = (tmp_path / "evaluations.jsonl").read_text()
     rows = [json.loads(line) for line in kept.splitlines()]
     assert [row["steps"] for row in rows] == [400, 800]
     assert all(len(row["real"]) == 4 and row["imagined"] == row["real"] for row in rows), "both are the same toy"
     run(800)
-    assert (tmp_path / "judged.jsonl").read_text() == kept, "what is done is not done again"
+    assert (tmp_path / "evaluations.jsonl").read_text() == kept, "what is done is not done again"
     last = run(1200)
     assert last.num_timesteps == 1200 and last.replay_buffer.size() >= 1200 // 8 - 1
-    rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     best = SAC.load(tmp_path / "best.zip", device="cpu")
-    assert judge(best, real).real.mean() == pytest.approx(max(np.mean(row["real"]) for row in rows))
+    assert evaluate(best, real).real.mean() == pytest.approx(max(np.mean(row["real"]) for row in rows))
     assert not list(elsewhere.iterdir()), "nothing is left anywhere else"
     with pytest.raises(ValueError, match=r"seed 0, not 1.*another folder"):
         run(1600, seed=1)
@@ -112,7 +112,7 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_names_its_judge(tmp_path: Path) -> None:
     made = learn_in_dream(load("pendulum"), tmp_path, algorithm="ppo", steps=640, dreams=32, progress=False)
     assert made.num_timesteps >= 640
-    rows = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows[-1]["real"]) == 10
     np.testing.assert_allclose(rows[-1]["imagined"], rows[-1]["real"], rtol=0.1)  # the shipped model is that good
     assert {path.name for path in tmp_path.iterdir()} >= {
@@ -125,14 +125,14 @@ def test_a_model_names_its_judge(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to run PPO")
 def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, made: list[tuple[Any, dict[str, Any]]]) -> None:
-    judged = "Pendulum-v1,max_episode_steps=5"
+    evaluation = "Pendulum-v1,max_episode_steps=5"
     one: Any = lambda obs, action, next_obs: np.ones(len(obs))  # noqa: E731
-    about: dict[str, Any] = dict(algorithm="ppo", steps=640, dreams=32, env_id=judged, max_error=0.2, penalty=2.0)
+    about: dict[str, Any] = dict(algorithm="ppo", steps=640, dreams=32, env_id=evaluation, max_error=0.2, penalty=2.0)
     learn_in_dream("pendulum", tmp_path, reward_fn=one, progress=False, **about)
-    (plain, shown), (wary, kwargs) = sorted(made, key=lambda pair: isinstance(pair[0], Cautious))
+    (plain, shown), (wary, kwargs) = sorted(made, key=lambda pair: isinstance(pair[0], Pessimistic))
     assert wary.penalty == 2.0 and wary.dynamics is plain
     assert kwargs == {"max_error": 0.2, "reward_fn": one} and shown == {"max_episode_steps": 5, "reward_fn": one}
-    row = json.loads((tmp_path / "judged.jsonl").read_text().splitlines()[-1])
+    row = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert row["imagined"] == [5.0] * 10, "as long as for real, in the reward that was asked for"
     with pytest.raises(ValueError, match="reward_fn"):
         learn_in_dream("pendulum", tmp_path, progress=False, **about)
@@ -140,9 +140,9 @@ def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, made: list[tuple[An
 
 def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record, model = Record(tmp_path, {"a": 1}), make("sac", mass(2))
-    record.add(model, 1, Judged(np.array([3.0]), None))
+    record.add(model, 1, Evaluation(np.array([3.0]), None))
     best = (tmp_path / "best.zip").read_bytes()
-    record.add(model, 2, Judged(np.array([1.0]), None))
+    record.add(model, 2, Evaluation(np.array([1.0]), None))
     assert (tmp_path / "best.zip").read_bytes() == best
     assert {path.name for path in tmp_path.glob("*-*")} == {"last-2.zip", "replay-2.pkl"}
 
@@ -151,7 +151,7 @@ def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model, "save", killed)
-        record.add(model, 3, Judged(np.array([0.0]), None))
+        record.add(model, 3, Evaluation(np.array([0.0]), None))
     again = Record(tmp_path, {"a": 1})
     assert again.rows == record.rows[:2] and again.last.is_file() and again.replay.is_file()
     with pytest.raises(ValueError, match="a 1, not 2"):
@@ -172,7 +172,7 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_a_cautious_dream_is_an_env_like_any() -> None:
     model = load("pendulum")
-    plain, wary = DreamVecEnv(model, 4), DreamVecEnv(Cautious(model, 1.0), 4)
+    plain, wary = DreamVecEnv(model, 4), DreamVecEnv(Pessimistic(model, 1.0), 4)
     for venv in (plain, wary):
         venv.seed(0)
     np.testing.assert_array_equal(np.asarray(plain.reset()), np.asarray(wary.reset()))

@@ -14,7 +14,7 @@ from envs import Expert, SimulatorDynamics, make_real
 from envs.robosuite.rewards import lifted, simple_lift, staged_lift
 from kairos_gym.bench.lift import PLANNER, lift, wilson
 from kairos_gym.data import collect as recording
-from kairos_gym.data.actors import TURNS
+from kairos_gym.data.actors import EXPERT_VARIANTS
 from kairos_gym.data.collect import collect, simulator_of
 from kairos_gym.evaluation.control import plan
 from kairos_gym.models import load
@@ -108,7 +108,7 @@ def test_experts_are_recorded_with_the_simulators_arguments(tmp_path: Path, monk
     assert {len(e.rewards) for e in episodes} == {45}  # success ended none
     best = [e.rewards.max() for e in episodes]
     assert min(best[:2]) == 1.0  # a clean and a noisy expert lift
-    assert len(TURNS) == 8 and "interrupted" in TURNS[4]
+    assert len(EXPERT_VARIANTS) == 8 and "interrupted" in EXPERT_VARIANTS[4]
     restored = dataset.recover_environment()
     assert restored.unwrapped.spec.kwargs["terminate_on_success"] is False
     again = collect(HELD_UP, "lift/b-v0", **settings)

@@ -16,12 +16,12 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from toys import PointMass, box_spec
 
 from kairos_gym import DreamVecEnv
-from kairos_gym.learning.learn import judges, replay
+from kairos_gym.learning.learn import make_eval_envs, replay
 from kairos_gym.learning.loop import REAL_SHARE, Loop, Measured, _cut, loop
 from kairos_gym.learning.loop_config import LoopConfig
-from kairos_gym.policies.sb3 import judge, make
-from planners import Cautious
-from world_model.episodes import Episodes, Starts
+from kairos_gym.policies.sb3 import evaluate, make
+from world_model.dynamics import Pessimistic
+from world_model.episodes import Episodes, StartStates
 from world_model.model.world_model import WorldModel
 
 QUICK: dict[str, Any] = dict(round_steps=50, horizon=8, updates=1, dreams=8, draft_steps=20, memory_steps=2)
@@ -49,12 +49,12 @@ def test_a_cut_holds_that_many_steps(lengths: list[int], data: st.DataObject) ->
 
 def mass() -> Any:
     toy: Any = PointMass(1)
-    toy.starts = Starts(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+    toy.starts = StartStates(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
     return toy
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in found]
 
 
@@ -93,7 +93,7 @@ def test_what_the_policy_learns_from(tmp_path: Path, made: list[tuple[Any, dict[
     run = Loop("Pendulum-v1", tmp_path, config, {})
     row = run.round()
     (model, kwargs), _ = made
-    assert isinstance(model, Cautious) and model.penalty == 1.5
+    assert isinstance(model, Pessimistic) and model.penalty == 1.5
     assert kwargs == {"max_episode_steps": 8, "max_error": 0.3, "confidence": 0.8}
     mixed, episodes = run.policy.replay_buffer, run.episodes
     assert mixed.share == row["real_share"] == 1 / (1 + row["trusted"])
@@ -143,5 +143,5 @@ def test_mistakes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pendulum_from_400_steps(tmp_path: Path) -> None:
     loop("Pendulum-v1", tmp_path, LoopConfig(samples=400, round_steps=100), progress=False)
-    earned = judge(SAC.load(tmp_path / "best.zip", device="cpu"), judges("Pendulum-v1")[0], seed=77).real
+    earned = evaluate(SAC.load(tmp_path / "best.zip", device="cpu"), make_eval_envs("Pendulum-v1")[0], seed=77).real
     assert earned.mean() > -250, "doing nothing earns about -1200, the best policies -150"

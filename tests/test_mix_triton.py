@@ -33,10 +33,10 @@ def unwritten() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def layer(letter: str, last: bool, seed: int, **sizes: Any) -> Block:
+def layer(kind: str, last: bool, seed: int, **sizes: Any) -> Block:
     """A layer whose every weight is random."""
     torch.manual_seed(seed)
-    block = Block(letter, WorldModelConfig(3, 2, pattern=letter, width=8, action_width=6, **sizes), last)
+    block = Block(kind, WorldModelConfig(3, 2, pattern=kind, width=8, action_width=6, **sizes), last)
     for p in block.requires_grad_(False).parameters():
         p.add_(0.3 * torch.randn_like(p))
     return block.to(DEVICE)
@@ -51,9 +51,9 @@ def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype 
     (qkv_w, gate_w, _), (qkv_a, gate_a, _) = parts
     memory = {name: torch.randn_like(t) for name, t in block.empty(len(ages), torch.ones(1, device=DEVICE)).items()}
     age = torch.tensor(ages, device=DEVICE)
-    exact: Any = copy.deepcopy(block).double()._mixed
+    no_autocast: Any = copy.deepcopy(block).double()._mixed
     tokens = (x.double() for x in (qkv_w, qkv_a, gate_w, gate_a))
-    truth = exact(*tokens, layout, {name: t.double() for name, t in memory.items()}, age)
+    truth = no_autocast(*tokens, layout, {name: t.double() for name, t in memory.items()}, age)
     ours = block._streamed(qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
     near = 2e-2 if dtype == torch.bfloat16 else 3e-5
     for a, b in zip(truth[:2], ours[:2], strict=True):
@@ -67,7 +67,7 @@ def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype 
 
 
 @given(
-    letter=st.sampled_from("SDG"),
+    kind=st.sampled_from("SDG"),
     last=st.booleans(),
     clean=st.booleans(),
     frames=st.integers(1, 4),
@@ -83,10 +83,10 @@ def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype 
 )
 @settings(max_examples=50, deadline=None)
 def test_streamed_is_mixed(
-    letter: str, last: bool, clean: bool, frames: int, ages: list[int], seed: int, dtype: torch.dtype, **sizes: int
+    kind: str, last: bool, clean: bool, frames: int, ages: list[int], seed: int, dtype: torch.dtype, **sizes: int
 ) -> None:
     layout = Layout(frames) if clean else Layout(0, (0,), frames)
-    assert_as(layer(letter, last, seed, **sizes), layout, ages, dtype)
+    assert_as(layer(kind, last, seed, **sizes), layout, ages, dtype)
 
 
 def test_windows_take_clean_frames_and_chunks_at_once() -> None:
@@ -95,9 +95,9 @@ def test_windows_take_clean_frames_and_chunks_at_once() -> None:
 
 
 def test_many_tokens() -> None:
-    for letter in "SG":
-        assert_as(layer(letter, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1])
-        assert_as(layer(letter, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3])
+    for kind in "SG":
+        assert_as(layer(kind, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1])
+        assert_as(layer(kind, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3])
 
 
 @pytest.mark.parametrize("pattern", ["SGDG", "GS"])

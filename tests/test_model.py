@@ -14,7 +14,7 @@ from toys import box_spec
 
 from world_model.contract import Dynamics, Spec
 from world_model.model.config import WorldModelConfig
-from world_model.model.world_model import Starts, WorldModel, save_atomically, write_atomically
+from world_model.model.world_model import StartStates, WorldModel, save_atomically, write_atomically
 from world_model.state import LatentState
 
 
@@ -52,7 +52,7 @@ def test_every_chunk_length_up_to_its_own(draft: bool) -> None:
 def test_no_dream_ends_where_no_episode_ever_did() -> None:
     model = tiny_model()
     state, actions = begun(model, batch=64), torch.zeros(64, 4, 2)
-    model.outcome_memory.bias[1] += 50
+    model.memory_reward_head.bias[1] += 50
     assert model.imagine(state, actions)[1].terminated.all()
     model.terminates.fill_(False)
     assert not model.imagine(state, actions)[1].terminated.any()
@@ -71,7 +71,7 @@ def test_offers_the_verbs_in_the_simulators_units() -> None:
 def saved(folder: Path, draft: bool = True) -> WorldModel:
     model = tiny_model("SDG", draft=draft)
     model.card = {"env": "Toy-v0", "command": "kairos train"}
-    model.starts = Starts(torch.randn(5, 2, 3), torch.randn(5, 2, 2))
+    model.starts = StartStates(torch.randn(5, 2, 3), torch.randn(5, 2, 2))
     model.save_pretrained(folder)
     return model
 

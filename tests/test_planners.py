@@ -22,17 +22,17 @@ from planners import (
     ICEM,
     MPC,
     MPPI,
-    Cautious,
     Gradient,
     Objective,
     Plan,
     Planner,
-    Proposed,
+    PolicyGuided,
     RandomShooting,
     Search,
     score,
 )
 from world_model.contract import Dynamics, Imagined
+from world_model.dynamics import Pessimistic
 from world_model.state import LatentState
 
 SMALL: list[Planner] = [
@@ -314,8 +314,8 @@ def test_rewards_of_any_dtype() -> None:
 def test_the_best_keep_the_limits_first() -> None:
     value = torch.tensor([[5.0, 1.0, 2.0, -torch.inf, 7.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
     violation = torch.tensor([[0.5, 0.0, 0.0, torch.inf, 0.1], [3.0, 2.0, 2.0, 1.0, 4.0]])
-    assert planners.Scored(value).best(3).tolist() == [[4, 0, 2], [4, 3, 2]]
-    assert planners.Scored(value, violation).best(5).tolist() == [[2, 1, 4, 0, 3], [3, 2, 1, 0, 4]]
+    assert planners.Scores(value).best(3).tolist() == [[4, 0, 2], [4, 3, 2]]
+    assert planners.Scores(value, violation).best(5).tolist() == [[2, 1, 4, 0, 3], [3, 2, 1, 0, 4]]
 
 
 # --- what every planner promises -------------------------------------------------------------------------------------
@@ -391,9 +391,11 @@ def test_a_row_plans_the_same_alone_as_in_a_batch(planner: Planner) -> None:
     together = planner.plan(toy, state, seed=seeds, warm=warm)
     for b in range(3):
         row = torch.tensor([b])
-        alone = planner.plan(toy, state.select(row), seed=seeds[row], warm=Plan(warm.actions[row], warm.value[row]))
-        torch.testing.assert_close(alone.actions[0], together.actions[b])
-        torch.testing.assert_close(alone.value[0], together.value[b])
+        batch_of_one = planner.plan(
+            toy, state.select(row), seed=seeds[row], warm=Plan(warm.actions[row], warm.value[row])
+        )
+        torch.testing.assert_close(batch_of_one.actions[0], together.actions[b])
+        torch.testing.assert_close(batch_of_one.value[0], together.value[b])
 
 
 @pytest.mark.parametrize("planner", SMALL[:2], ids=lambda p: type(p).__name__)
@@ -552,9 +554,9 @@ def test_a_warm_start_that_alone_is_finite_is_kept(planner: Planner) -> None:
 def test_where_nothing_is_finite_the_value_says_so_and_other_rows_do_not_suffer(planner: Planner) -> None:
     toy = PointMass(2)
     plan = planner.plan(toy, toy.start([[0.5, 0.1], [torch.nan, 0.0]]))
-    alone = planner.plan(toy, toy.start([[0.5, 0.1]]))
+    batch_of_one = planner.plan(toy, toy.start([[0.5, 0.1]]))
     assert plan.value[1] == -torch.inf and plan.actions.isfinite().all()
-    torch.testing.assert_close(plan.actions[0], alone.actions[0])
+    torch.testing.assert_close(plan.actions[0], batch_of_one.actions[0])
 
 
 @pytest.mark.parametrize(
@@ -790,9 +792,9 @@ def test_every_row_and_decision_has_a_seed_of_its_own() -> None:
         mpc.act(np.array([[0.5], [0.1]]))
     seeds = torch.stack([call["seed"] for call in witness.calls])
     assert len(seeds.unique()) == 6
-    alone = Witness(SMALL[1])
-    MPC(toy, alone, seed=4).act(np.array([0.1]))
-    assert alone.calls[0]["seed"].tolist() == [seeds[0, 1]]
+    batch_of_one = Witness(SMALL[1])
+    MPC(toy, batch_of_one, seed=4).act(np.array([0.1]))
+    assert batch_of_one.calls[0]["seed"].tolist() == [seeds[0, 1]]
 
 
 def test_reset_begins_the_same_decisions_again() -> None:
@@ -907,7 +909,7 @@ def test_a_proposal_is_where_the_search_begins() -> None:
     def policy(seen: Tensor) -> Tensor:
         return -3 * seen[:, :1]  # beyond the bounds, where it is clipped
 
-    plan = Proposed(planner, policy, proposals=2, std=0.01).plan(dynamics, state, obs=obs)
+    plan = PolicyGuided(planner, policy, proposals=2, std=0.01).plan(dynamics, state, obs=obs)
     dream, seen, actions = state, obs, []
     for _ in range(6):
         actions.append(policy(seen).clamp(-1, 1))
@@ -918,10 +920,10 @@ def test_a_proposal_is_where_the_search_begins() -> None:
     assert (plan.value >= own.value[:, 0]).all()
     assert (plan.actions[:, :, 0] - torch.stack(actions, 1)).abs().max() < 0.06
     with pytest.raises(ValueError, match="proposes from what it sees"):
-        Proposed(planner, policy).plan(dynamics, state)
+        PolicyGuided(planner, policy).plan(dynamics, state)
     with pytest.raises(ValueError, match=r"policy must give \[R,A\] = \[6, 1\]"):
-        Proposed(planner, lambda seen: seen[:, 0], proposals=2).plan(dynamics, state, obs=obs)
-    many = Proposed(planner, policy).plan(dynamics, state, obs=obs, keep=True)  # more than it dreams at once
+        PolicyGuided(planner, lambda seen: seen[:, 0], proposals=2).plan(dynamics, state, obs=obs)
+    many = PolicyGuided(planner, policy).plan(dynamics, state, obs=obs, keep=True)  # more than it dreams at once
     assert many.evaluations == 9 + 8 + 1 and (many.value >= own.value[:, 0]).all()
 
 
@@ -929,7 +931,9 @@ def test_proposals_are_noisy_in_half_ranges_and_last() -> None:
     """And a policy holds its action where the planner does."""
     toy = LQR()  # actions within +-4
     x = torch.zeros(1, 2)
-    proposed = Proposed(CEM(horizon=8, candidates=600, elites=2, iterations=1), lambda o: 0 * o[:, :1], proposals=500)
+    proposed = PolicyGuided(
+        CEM(horizon=8, candidates=600, elites=2, iterations=1), lambda o: 0 * o[:, :1], proposals=500
+    )
     plan = proposed.plan(toy, toy.start(x), obs=x, keep=True)
     assert plan.kept is not None
     assert plan.kept.candidates[0, 100:600].std().item() == pytest.approx(0.1 * 4, rel=0.05)
@@ -945,7 +949,7 @@ def test_proposals_are_noisy_in_half_ranges_and_last() -> None:
             return x + 1, -(u - torch.sin(3 * (x / 3).floor())).abs().sum(-1)
 
     steady = Steady(box_spec(1, 1))
-    held = Proposed(CEM(2, 3, repeat=True), torch.sin, proposals=3)
+    held = PolicyGuided(CEM(2, 3, repeat=True), torch.sin, proposals=3)
     assert held.plan(steady, steady.start([[0.0]]), obs=torch.zeros(1, 1)).value == 0
 
 
@@ -958,7 +962,7 @@ def test_a_share_of_the_candidates_is_the_policys_and_the_last_plans(kind: Any) 
             return x + 1, -(u - torch.sin(x)).abs().sum(-1)
 
     toy = Narrow(box_spec(1, 1))
-    planner = Proposed(kind(horizon=4), torch.sin, proposals=3)
+    planner = PolicyGuided(kind(horizon=4), torch.sin, proposals=3)
     value = planner.plan(toy, toy.start([[0.0], [2.0]]), obs=torch.tensor([[0.0], [2.0]])).value
     assert (value == 0).all() or (kind is MPPI and (value > -0.2).all())  # which gives its average
     seen = planner.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), keep=True)
@@ -972,10 +976,10 @@ def test_a_share_of_the_candidates_is_the_policys_and_the_last_plans(kind: Any) 
     played = [together.act(np.array([[0.1], [0.7]]))]
     together.reset_rows(np.array([False, True]))
     played.append(together.act(np.array([[1.1], [0.2]])))
-    alone = MPC(toy, planner, seed=4)
-    np.testing.assert_allclose(alone.act(np.array([0.7])), played[0][1], atol=1e-5)
-    alone.reset_rows(np.array([True]))
-    np.testing.assert_allclose(alone.act(np.array([0.2])), played[1][1], atol=1e-5)
+    batch_of_one = MPC(toy, planner, seed=4)
+    np.testing.assert_allclose(batch_of_one.act(np.array([0.7])), played[0][1], atol=1e-5)
+    batch_of_one.reset_rows(np.array([True]))
+    np.testing.assert_allclose(batch_of_one.act(np.array([0.2])), played[1][1], atol=1e-5)
 
 
 # --- caution ----------------------------------------------------------------------------------------------------------
@@ -1004,7 +1008,7 @@ class Wary(PointMass):
 
 def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen() -> None:
     toy = Wary(1)
-    wary = Cautious(toy, penalty=2.0, by="doubt")
+    wary = Pessimistic(toy, penalty=2.0, by="uncertainty")
     state = wary.observe(wary.initial(2), torch.tensor([[[0.4]], [[0.6]]]))
     actions = torch.zeros(2, 2, 1)
     (plain, _), (after, seen) = (toy.imagine(toy.start([[0.4], [0.6]]), actions), wary.imagine(state, actions))
@@ -1027,11 +1031,11 @@ def test_doubt_is_paid_for_along_the_path_and_forgotten_when_something_is_seen()
 
 def test_a_penalty_by_distance_asks_each_step_alone() -> None:
     toy, actions = Wary(1), torch.zeros(1, 2, 1)
-    wary = Cautious(toy, penalty=2.0)
+    wary = Pessimistic(toy, penalty=2.0)
     state, _ = wary.imagine(wary.observe(wary.initial(1), torch.tensor([[[0.6]]])), actions)
     torch.testing.assert_close(wary.imagine(state, actions)[1].reward, torch.full((1, 2), 0.6 - 2 * 0.1))
     with pytest.raises(ValueError, match="'doubt' or 'distance'"):
-        Cautious(toy, 1.0, by="fear")  # type: ignore[arg-type]
+        Pessimistic(toy, 1.0, by="fear")  # type: ignore[arg-type]
 
 
 def test_a_penalty_counts_in_the_std_of_the_rewards_that_the_model_was_trained_on() -> None:
@@ -1040,7 +1044,7 @@ def test_a_penalty_counts_in_the_std_of_the_rewards_that_the_model_was_trained_o
     for std in (None, 10.0):
         if std is not None:
             toy.scaling = SimpleNamespace(reward_std=torch.tensor(std))  # type: ignore[attr-defined]
-        wary = Cautious(toy, penalty=2.0)
+        wary = Pessimistic(toy, penalty=2.0)
         costs.append(0.6 - wary.imagine(wary.observe(wary.initial(1), seen), actions)[1].reward)
     torch.testing.assert_close(costs[1], 10 * costs[0])
 
@@ -1049,9 +1053,9 @@ def test_a_cautious_plan_stays_where_the_model_knows() -> None:
     toy = Wary(1)
     for dynamics, beyond in (
         (toy, True),
-        (Cautious(toy, 0.0), True),
-        (Cautious(toy, 5.0, "doubt"), False),
-        (Cautious(toy, 50.0), False),
+        (Pessimistic(toy, 0.0), True),
+        (Pessimistic(toy, 5.0, "uncertainty"), False),
+        (Pessimistic(toy, 50.0), False),
     ):
         x = torch.zeros(1, 1)
         mpc = MPC(dynamics, CEM(horizon=6, candidates=64, elites=8))
@@ -1059,10 +1063,10 @@ def test_a_cautious_plan_stays_where_the_model_knows() -> None:
             x, _ = toy.step(x, mpc.act(x))
         assert (x > 0.6).item() == beyond
     with pytest.raises(ValueError, match="kairos calibrate"):
-        Cautious(PointMass(1), 1.0)
+        Pessimistic(PointMass(1), 1.0)
     with pytest.raises(ValueError, match="cautious already"):
-        Cautious(Cautious(toy, 1.0), 1.0)
+        Pessimistic(Pessimistic(toy, 1.0), 1.0)
     with pytest.raises(ValueError, match=r"begin with Cautious\.initial"):
-        MPC(Cautious(toy, 1.0), CEM()).act(torch.zeros(1, 1), state=toy.start([[0.0]]))
+        MPC(Pessimistic(toy, 1.0), CEM()).act(torch.zeros(1, 1), state=toy.start([[0.0]]))
     with pytest.raises(ValueError, match="penalty must be at least 0"):
-        Cautious(toy, -1.0)
+        Pessimistic(toy, -1.0)

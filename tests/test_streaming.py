@@ -17,7 +17,7 @@ from toys import box_spec
 
 from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
-from world_model.model.world_model import Guess, WorldModel
+from world_model.model.world_model import DraftPrediction, WorldModel
 from world_model.noise import normal
 from world_model.ops.window_attention import Layout
 from world_model.state import LatentState
@@ -30,8 +30,8 @@ PATTERNS = st.text("SDG", min_size=1, max_size=4)
 def evidence(model: WorldModel, batch: int, frames: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """obs [B,T,O] and the actions that led there [B,T,A], within the bounds, in the model's dtype."""
     g = torch.Generator().manual_seed(seed)
-    obs = torch.randn(batch, frames, model.config.obs_dim, generator=g).to(model.error)
-    return obs, (4 * torch.rand(batch, frames, model.config.action_dim, generator=g) - 2).to(model.error)
+    obs = torch.randn(batch, frames, model.config.obs_dim, generator=g).to(model.draft_error)
+    return obs, (4 * torch.rand(batch, frames, model.config.action_dim, generator=g) - 2).to(model.draft_error)
 
 
 def memory_of(state: LatentState) -> dict[str, Tensor]:
@@ -47,11 +47,13 @@ def assert_same(a: LatentState, b: LatentState, **tolerance: Any) -> None:
 def denoise(model: WorldModel, state: LatentState, z: Tensor, s: float, play: Tensor) -> tuple[Tensor, Tensor]:
     """z [B,K,O] and scaled actions [B,K,A] onto a memory -> residual [B,K,O], features [B,K,P*D]."""
     before = model.scaling.obs(state["before"]) if "before" in state.tensors else None
-    guess = Guess(*(x[:, None] for x in model.guess(model.scaling.obs(state["obs"]), play, before)))
+    predict_draft = DraftPrediction(
+        *(x[:, None] for x in model.predict_draft(model.scaling.obs(state["obs"]), play, before))
+    )
     level = torch.full((1, 1, 1, 1), s, dtype=z.dtype)
     layout = Layout(0, (0,), z.shape[1])
     residual, features, _ = model.refine(
-        layout, z[:, None], level, guess, play[:, None], memory=memory_of(state), age=state["age"]
+        layout, z[:, None], level, predict_draft, play[:, None], memory=memory_of(state), age=state["age"]
     )
     return residual[:, 0], features[:, 0]
 
@@ -98,11 +100,11 @@ def test_streamed_is_trained(
     scaled, scaled_act = model.scaling.obs(obs), model.scaling.action(act)
     play = torch.stack([scaled_act[:, t : t + k] for t in begins], 1)
     start, before = (torch.stack([scaled[:, max(t - n, 0)] for t in begins], 1) for n in (1, 2))
-    guess = model.guess(start, play, before)
+    predict_draft = model.predict_draft(start, play, before)
     first = (torch.arange(frames) == 0).expand(batch, -1)
     clean = (scaled[:, :frames], scaled_act[:, :frames], first)
     level = torch.full((1, 1, 1, 1), s, dtype=torch.float64)
-    trained, features, memory = model.refine(Layout(frames, tuple(begins), k), z, level, guess, play, clean)
+    trained, features, memory = model.refine(Layout(frames, tuple(begins), k), z, level, predict_draft, play, clean)
     # Streamed: the evidence cut anywhere, and before each chunk's start one denoising pass that reads the memory.
     state = model.initial(batch)
     for t, after in itertools.pairwise(sorted({0, frames, *starts, *(cut for cut in cuts if cut < frames)})):
@@ -143,13 +145,13 @@ def test_imagine_by_hand(
     for s, below in itertools.pairwise(levels):
         clean, features = denoise(model, state, z, s, play)
         z = clean + (z - clean) * below / s
-    guess = model.guess(start, play, model.scaling.obs(obs[:, max(history - 2, 0)]))
-    scaled = guess.mean + guess.scale * z
+    predict_draft = model.predict_draft(start, play, model.scaling.obs(obs[:, max(history - 2, 0)]))
+    scaled = predict_draft.mean + predict_draft.scale * z
     torch.testing.assert_close(dreamt(imagined), model.scaling.raw_obs(scaled), **TIGHT)
-    outcome = model.judge(torch.cat([start[:, None], scaled[:, :-1]], 1), play, scaled, features)
-    reward = outcome[..., 0] * model.scaling.reward_std + model.scaling.reward_mean
+    reward_head = model.predict_reward(torch.cat([start[:, None], scaled[:, :-1]], 1), play, scaled, features)
+    reward = reward_head[..., 0] * model.scaling.reward_std + model.scaling.reward_mean
     torch.testing.assert_close(imagined.reward, reward, **TIGHT)
-    assert torch.equal(imagined.terminated, outcome[..., 1] > 0)
+    assert torch.equal(imagined.terminated, reward_head[..., 1] > 0)
     assert_same(after, model.observe(state, dreamt(imagined), act[:, history:]), **TIGHT)
 
 
@@ -169,14 +171,16 @@ def test_a_dream_stays_within_the_bounds() -> None:
 @settings(max_examples=15)
 def test_dreams_of_different_ages_share_a_batch(pattern: str, tokens: int, ages: list[int]) -> None:
     model = tiny_model(pattern, tokens=tokens, dtype=torch.float64)
-    alone = []
+    batch_of_one = []
     for row, age in enumerate(ages):
         obs, act = evidence(model, 1, age, seed=row)
-        alone.append(model.observe(model.initial(1, torch.tensor([row])), obs, act))
-    together = LatentState({name: torch.cat([state[name] for state in alone]) for name in alone[0].tensors})
+        batch_of_one.append(model.observe(model.initial(1, torch.tensor([row])), obs, act))
+    together = LatentState(
+        {name: torch.cat([state[name] for state in batch_of_one]) for name in batch_of_one[0].tensors}
+    )
     _, actions = evidence(model, len(ages), 3)
     after, imagined = model.imagine(together, actions, sampled=True)
-    for row, state in enumerate(alone):
+    for row, state in enumerate(batch_of_one):
         own_after, own = model.imagine(state, actions[row : row + 1], sampled=True)
         torch.testing.assert_close(dreamt(imagined)[row], dreamt(own)[0], **TIGHT)
         assert_same(after.select(torch.tensor([row])), own_after, **TIGHT)
@@ -222,10 +226,10 @@ def test_noise_never_reaches_the_memory_in_training() -> None:
     scaled, play = model.scaling.obs(obs), model.scaling.action(act)
     clean = (scaled, play, torch.zeros(2, 9, dtype=torch.bool))
     chunks = play.unflatten(1, (3, 3))
-    guess = model.guess(scaled[:, [0, 3, 6]], chunks)
+    predict_draft = model.predict_draft(scaled[:, [0, 3, 6]], chunks)
     layout, level = Layout(9, (1, 4, 7), 3), torch.ones(1, 1, 1, 1)
     noises = torch.zeros(2, 3, 3, 3), torch.full((2, 3, 3, 3), 50.0)
-    quiet, loud = (model.refine(layout, z, level, guess, chunks, clean) for z in noises)
+    quiet, loud = (model.refine(layout, z, level, predict_draft, chunks, clean) for z in noises)
     assert not torch.allclose(quiet[0], loud[0])
     assert all(torch.equal(t, loud[2][name]) for name, t in quiet[2].items())
 
@@ -266,8 +270,8 @@ def test_a_dream_is_the_same_wherever_it_runs() -> None:
     same: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     for b in range(batch):
         one = slice(b, b + 1)
-        alone = model.observe(model.initial(1, seeds[one]), obs[one], act[one])
-        torch.testing.assert_close(dream(alone, plan[one])[1], whole[one], **same)
+        batch_of_one = model.observe(model.initial(1, seeds[one]), obs[one], act[one])
+        torch.testing.assert_close(dream(batch_of_one, plan[one])[1], whole[one], **same)
     rows = torch.tensor([4, 0, 0, 5, 3])
     torch.testing.assert_close(dream(start.select(rows), plan[rows])[1], whole[rows], **same)
     torch.testing.assert_close(

@@ -16,10 +16,10 @@ from tiny import dreamer
 from kairos_gym.dream.env import DreamEnv
 from kairos_gym.dream.sb3_vec_env import DreamVecEnv
 from kairos_gym.dream.vector_env import DreamVectorEnv
-from kairos_gym.evaluation.calibrate import coverage, doubted, draw, trust_in
+from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import LEVELS, Dreamed, Trust, conformal, fit_trust
+from world_model.trust import LEVELS, ConformalBound, DreamErrors, conformal, fit_bound
 
 
 def test_conformal_quantiles_hold_in_a_finite_sample() -> None:
@@ -39,7 +39,7 @@ def test_too_few_scores_give_no_bound() -> None:
     assert quantiles[:, 1].tolist() == [pytest.approx(0.3)] + [float("inf")] * 99
 
 
-def toy(n: int, seed: int) -> Dreamed:
+def toy(n: int, seed: int) -> DreamErrors:
     """Errors that grow by 20% a step where the observation is positive, and stay small where it is negative."""
     g = torch.Generator().manual_seed(seed)
     side = torch.where(torch.rand(n, 1, 1, generator=g) < 0.5, 1.0, -1.0)
@@ -47,34 +47,34 @@ def toy(n: int, seed: int) -> Dreamed:
     steps = torch.arange(1, 21)
     scale = 0.001 * torch.where(side[:, :, 0] > 0, 1.2**steps, 1.0)
     error = scale * torch.randn(n, 20, generator=g).abs()
-    return Dreamed(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
+    return DreamErrors(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
 
 
-KNOWN = torch.cat([toy(200, 2)[0][:, 0], torch.zeros(200, 1)], 1)
+REFERENCES = torch.cat([toy(200, 2)[0][:, 0], torch.zeros(200, 1)], 1)
 
 
 @pytest.fixture(scope="module")
-def taught() -> Trust:
-    return fit_trust("weights", KNOWN, toy(450, 0), toy(450, 3), toy(450, 4), updates=300)
+def taught() -> ConformalBound:
+    return fit_bound("weights", REFERENCES, toy(450, 0), toy(450, 3), toy(450, 4), updates=300)
 
 
-def test_trust_moves_to_a_model_that_knows_more(taught: Trust) -> None:
+def test_trust_moves_to_a_model_that_knows_more(taught: ConformalBound) -> None:
     step = torch.full((1, 1, 1), 4.0), torch.zeros(1, 1, 1)
-    more = torch.cat([KNOWN, torch.tensor([[4.0, 0.0]]).expand(2000, 2)])
-    moved = taught.moved("others", more)
+    more = torch.cat([REFERENCES, torch.tensor([[4.0, 0.0]]).expand(2000, 2)])
+    moved = taught.transfer("others", more)
     assert bytes(moved.model.numpy()).decode() == "others"
     assert moved.distance(*step) < 0.1 < 1 < taught.distance(*step), "what it was trained on is near"
     assert torch.equal(moved.quantiles, taught.quantiles)
     before = torch.zeros(3, 1, 1), torch.zeros(3, 1, 1)
-    same = taught.moved("weights", KNOWN, seed=1)
+    same = taught.transfer("weights", REFERENCES, seed=1)
     torch.testing.assert_close(same.distance(*before), taught.distance(*before), atol=0.1, rtol=0)
 
 
-def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: Trust) -> None:
+def test_the_bound_is_wide_where_dreams_go_wrong_and_narrow_elsewhere(taught: ConformalBound) -> None:
     before, actions, error, _ = toy(2000, 1)
     bound = (
-        taught.follow(taught.begin(torch.ones(len(error), dtype=torch.int64)), before, actions)
-        * taught.widths(0.9)[:20]
+        taught.propagate(taught.initial(torch.ones(len(error), dtype=torch.int64)), before, actions)
+        * taught.quantile(0.9)[:20]
     )
     held = (error <= bound).float().mean(0)
     assert held.min() > 0.86 and held.max() < 0.94
@@ -88,68 +88,74 @@ def test_doubt_is_larger_far_from_what_the_model_was_trained_on() -> None:
     """Two policies teach, near and far on one side; the rule has never seen the other side, where a third one goes."""
     g = torch.Generator().manual_seed(0)
 
-    def played(place: float, n: int = 300) -> Dreamed:
+    def played(place: float, n: int = 300) -> DreamErrors:
         before = place + 0.3 * torch.randn(n, 20, 2, generator=g)
         error = 0.001 * 3 ** max(0.0, abs(place)) * torch.randn(n, 20, generator=g).abs()
-        return Dreamed(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
+        return DreamErrors(before, torch.zeros(n, 20, 1), error, torch.ones(n, dtype=torch.int64))
 
-    known = torch.cat([0.3 * torch.randn(400, 2, generator=g), torch.zeros(400, 1)], 1)
-    three = [Dreamed(*map(torch.cat, zip(*map(played, (0.0, 1.0, 2.0)), strict=True))) for _ in range(3)]
-    trust = fit_trust("weights", known, *three)
+    reference = torch.cat([0.3 * torch.randn(400, 2, generator=g), torch.zeros(400, 1)], 1)
+    three = [DreamErrors(*map(torch.cat, zip(*map(played, (0.0, 1.0, 2.0)), strict=True))) for _ in range(3)]
+    trust = fit_bound("weights", reference, *three)
     ends = {}
     for place in (0.0, -2.0):
         before, actions, _, seen = played(place)
-        ends[place] = trust.follow(trust.begin(seen), before, actions)[:, -1].median()
+        ends[place] = trust.propagate(trust.initial(seen), before, actions)[:, -1].median()
     assert ends[-2.0] > 2 * ends[0.0]
 
 
-def test_distance_is_that_to_the_nearest_known_step(taught: Trust) -> None:
-    known = taught.known / taught.unit.clamp_min(1) + taught.mean  # back in their own units; the actions never moved
-    begin = known[:6, :1].reshape(2, 3, 1)
+def test_distance_is_that_to_the_nearest_known_step(taught: ConformalBound) -> None:
+    reference = (
+        taught.reference / taught.unit.clamp_min(1) + taught.mean
+    )  # back in their own units; the actions never moved
+    begin = reference[:6, :1].reshape(2, 3, 1)
     torch.testing.assert_close(taught.distance(begin, torch.zeros(2, 3, 1)), torch.zeros(2, 3), atol=2e-3, rtol=0)
-    beyond = known[:, 0].max() + torch.tensor([[[1.0], [2.0]]])
+    beyond = reference[:, 0].max() + torch.tensor([[[1.0], [2.0]]])
     far = taught.distance(beyond, torch.zeros(1, 2, 1))
     torch.testing.assert_close(far, torch.tensor([[1.0, 2.0]]) * taught.unit[0] / 2**0.5)
 
 
-def test_numpy_and_torch_follow_alike(taught: Trust) -> None:
+def test_numpy_and_torch_follow_alike(taught: ConformalBound) -> None:
     before, actions, error, _ = toy(50, 1)
-    doubt = taught.begin(torch.ones(len(error), dtype=torch.int64))
-    quick = taught.follow(doubt.numpy(), before.numpy(), actions.numpy())
+    uncertainty = taught.initial(torch.ones(len(error), dtype=torch.int64))
+    quick = taught.propagate(uncertainty.numpy(), before.numpy(), actions.numpy())
     assert quick.dtype == np.float32
-    torch.testing.assert_close(torch.from_numpy(quick), taught.follow(doubt, before, actions), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        torch.from_numpy(quick), taught.propagate(uncertainty, before, actions), rtol=1e-4, atol=1e-7
+    )
 
 
 def test_dreams_that_are_no_numbers_count_as_infinitely_wrong() -> None:
-    def lost(seed: int) -> Dreamed:
+    def lost(seed: int) -> DreamErrors:
         before, actions, error, seen = toy(300, seed)
         before, error = before.clone(), error.clone()
         before[:100, 5:], error[:100, 4:] = torch.nan, torch.inf
-        return Dreamed(before, actions, error, seen)
+        return DreamErrors(before, actions, error, seen)
 
-    trust = fit_trust("weights", KNOWN, lost(0), lost(1), lost(2), updates=20)
+    trust = fit_bound("weights", REFERENCES, lost(0), lost(1), lost(2), updates=20)
     assert trust.counts.tolist() == [300] * 20
-    assert trust.widths(0.9).isinf().tolist() == [False] * 4 + [True] * 17
-    assert trust.widths(0.6)[:20].isfinite().all()
+    assert trust.quantile(0.9).isinf().tolist() == [False] * 4 + [True] * 17
+    assert trust.quantile(0.6)[:20].isfinite().all()
 
 
 def test_longer_chunks_have_widths_of_their_own() -> None:
     worse = toy(400, 2)
-    trust = fit_trust("weights", KNOWN, toy(400, 0), toy(400, 1), worse._replace(error=3 * worse.error), updates=50)
-    ratio = trust.widths(0.9, chunk=4)[:20] / trust.widths(0.9)[:20]
+    trust = fit_bound(
+        "weights", REFERENCES, toy(400, 0), toy(400, 1), worse._replace(error=3 * worse.error), updates=50
+    )
+    ratio = trust.quantile(0.9, chunk=4)[:20] / trust.quantile(0.9)[:20]
     assert ratio.median() == pytest.approx(3, rel=0.2)
 
 
-def test_beyond_what_was_calibrated_there_is_no_bound(taught: Trust) -> None:
-    assert taught.widths(0.9).isinf().tolist() == [False] * 20 + [True]
-    assert (taught.widths(0.99)[:20] > taught.widths(0.5)[:20]).all()
-    taught.expect(0.99)
+def test_beyond_what_was_calibrated_there_is_no_bound(taught: ConformalBound) -> None:
+    assert taught.quantile(0.9).isinf().tolist() == [False] * 20 + [True]
+    assert (taught.quantile(0.99)[:20] > taught.quantile(0.5)[:20]).all()
+    taught.check_confidence(0.99)
     with pytest.raises(ValueError, match=r"0\.5 to 0\.995"):
-        taught.expect(0.4)
-    few = fit_trust("weights", KNOWN, *[toy(15, seed) for seed in range(3)], updates=2)
-    few.expect(0.9)
+        taught.check_confidence(0.4)
+    few = fit_bound("weights", REFERENCES, *[toy(15, seed) for seed in range(3)], updates=2)
+    few.check_confidence(0.9)
     with pytest.raises(ValueError, match="more than the 15 dreams"):
-        few.expect(0.99)
+        few.check_confidence(0.99)
 
 
 def walk(model: WorldModel, episodes: int = 40, steps: int = 90, seed: int = 0) -> Episodes:
@@ -173,7 +179,7 @@ def walk(model: WorldModel, episodes: int = 40, steps: int = 90, seed: int = 0) 
 @pytest.fixture(scope="module")
 def calibrated() -> WorldModel:
     model = dreamer()
-    trust_in(model, walk(model, seed=1), [walk(model)], ["made-up-v0"])
+    calibrate_model(model, walk(model, seed=1), [walk(model)], ["made-up-v0"])
     return model
 
 
@@ -203,7 +209,7 @@ def test_episodes_of_any_length_are_cut_into_windows() -> None:
     lengths = [1, 5, 64, 79, 80, 200]
     episodes = Episodes.stack((np.zeros((n + 1, 3)), np.zeros((n, 2)), np.zeros(n), np.zeros(n)) for n in lengths)
     for seed in range(20):
-        windows = draw(episodes, seed)
+        windows = draw_calibration_windows(episodes, seed)
         assert len(windows.at) == 1 + 1 + 1 + 1 + 1 + 2
         assert (windows.seen - 1 <= episodes.index[windows.at]).all() and (windows.seen <= 16).all()
         assert (episodes.left[windows.at] > 0).all(), "a dream has a step to be scored on"
@@ -331,14 +337,14 @@ def test_what_cannot_be_had_is_refused(calibrated: WorldModel) -> None:
     with pytest.raises(ValueError, match="decode=False"):
         envs.step_torch(torch.zeros(2, 2), decode=False)
     with pytest.raises(ValueError, match="too few to calibrate"):
-        trust_in(dreamer(), walk(dreamer(), seed=1), [walk(dreamer(), episodes=3)], ["x-v0"])
+        calibrate_model(dreamer(), walk(dreamer(), seed=1), [walk(dreamer(), episodes=3)], ["x-v0"])
 
 
 def test_coverage_counts_what_it_says(calibrated: WorldModel) -> None:
     """On fresh noise of the same kind the bound holds about as often as it should."""
     model = calibrated
     assert model.trust is not None
-    dreams = doubted(model, draw(walk(model), seed=9), model.scaling.obs_std)
+    dreams = dream_errors(model, draw_calibration_windows(walk(model), seed=9), model.scaling.obs_std)
     told = coverage(dreams, model.trust, (1, 8))
     assert 0.7 < told["h8"]["coverage"] <= 1 and told["h8"]["dreams"] == 40
     bound = dreams.bound(model.trust, 0.9)[:, 7]

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 import kairos_gym
 from envs import SimulatorDynamics
 from kairos_gym.data.collect import collect
-from kairos_gym.evaluation.calibrate import draw
+from kairos_gym.evaluation.calibrate import draw_calibration_windows
 from kairos_gym.evaluation.control import plan
 from kairos_gym.evaluation.open_loop import open_loop
 from kairos_gym.learning.recipes import RECIPES
@@ -68,7 +68,7 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
     settings: dict[str, Any] = {"episodes": 24, "behaviour": "expert"} if name == "lift" else {"episodes": 60}
     dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episode_steps=40, progress=False, **settings)
     episodes = Episodes.from_minari(dataset)
-    windows, std = replace(draw(episodes, seed=0), horizon=8), model.scaling.obs_std
+    windows, std = replace(draw_calibration_windows(episodes, seed=0), horizon=8), model.scaling.obs_std
     dreamed = windows.against(windows.dream(model), std)
     still = fit_constant(model.spec, episodes)
     unmoved = windows.against(windows.dream(still), std)

@@ -10,7 +10,7 @@ from toys import box_spec
 
 from world_model.contract import Imagined
 from world_model.model.config import WorldModelConfig
-from world_model.model.world_model import Starts, WorldModel
+from world_model.model.world_model import StartStates, WorldModel
 
 SIZES: dict[str, Any] = dict(
     width=8, action_width=6, heads=2, head_dim=4, window=3, dilation=2, taps=2, draft_width=8, draft_blocks=1
@@ -36,7 +36,7 @@ def tiny_model(
             p.add_(0.2 * torch.randn_like(p))
         for name in ("obs_mean", "reward_mean"):
             getattr(model.scaling, name).normal_()
-        for positive in (model.scaling.obs_std, model.scaling.reward_std, model.scaling.step_std, model.error):
+        for positive in (model.scaling.obs_std, model.scaling.reward_std, model.scaling.step_std, model.draft_error):
             positive.uniform_(0.3, 1.5)
         model.terminates.fill_(True)
     return model.eval().requires_grad_(False)
@@ -47,7 +47,7 @@ def dreamer(pattern: str = "SDG") -> WorldModel:
     model = tiny_model(pattern)
     model.terminates.fill_(False)
     torch.manual_seed(1)
-    model.starts = Starts(torch.randn(6, 2, 3), torch.rand(6, 2, 2))
+    model.starts = StartStates(torch.randn(6, 2, 3), torch.rand(6, 2, 2))
     return model
 
 

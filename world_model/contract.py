@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from gymnasium import spaces
+import torch
+from gymnasium import Env, spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
 from world_model.spaces import flat_box
+
+StepFn = Callable[[Any, Any, Any], Any]
+"""``(obs [...,O], action [...,A], next_obs [...,O]) -> [...]`` of many simulator steps at once: a reward or a cost each,
+or whether the episode ends there. In torch, and where they say so in numpy."""
 
 # Letters, everywhere in this project: B batch (dreams), K steps in a chunk, H chunks planned, N candidates, T frames,
 # A action dim, O observation dim, P tokens per frame, D model width, L layers.
@@ -79,6 +85,7 @@ class Imagined(NamedTuple):
     obs: Tensor | None  # [B,K,O]
     reward: Tensor  # [B,K]
     terminated: Tensor  # [B,K] bool
+    cost: Tensor | None = None  # [B,K], already part of the reward: what an objective with a reward of its own owes too
 
 
 @runtime_checkable
@@ -90,6 +97,9 @@ class State(Protocol):
 
     @property
     def batch(self) -> int: ...  # B
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -126,7 +136,7 @@ class Dynamics(Protocol):
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
     ``spec.action_box``, observations in those of ``spec.observation_box``. A Dynamics may also have ``starts``, real
     windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` that says
-    what made it, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.Trust``) that bounds its
+    what made it, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.ConformalBound``) that bounds its
     error.
     """
 
@@ -151,4 +161,17 @@ class Dynamics(Protocol):
 
     def imagine(self, state: Any, actions: Tensor, *, decode: bool = True) -> tuple[Any, Imagined]:
         """Play actions [B,K,A] (1 <= K <= spec.chunk) -> (State after the chunk, Imagined)."""
+        ...
+
+
+@runtime_checkable
+class ExactDynamics(Protocol):
+    """A ``Dynamics`` that goes on from a real simulator's exact state, which its observations may not show whole."""
+
+    def capture(self, env: Env) -> Any:
+        """The state of a live real env -> State with B=1."""
+        ...
+
+    def at(self, simulator: Tensor) -> Any:
+        """Exact states of the simulator [B,S], float64 -> State."""
         ...

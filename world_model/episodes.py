@@ -150,7 +150,7 @@ class Episodes:
         return self.obs[rows], self.action[rows], self.reward[rows], self.terminated[rows] & valid, valid
 
 
-class Starts(NamedTuple):
+class StartStates(NamedTuple):
     """Real windows that dreams begin from."""
 
     obs: Tensor  # [S,T,O]

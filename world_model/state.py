@@ -43,6 +43,10 @@ class LatentState:
         return next(iter(self.tensors.values())).shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 

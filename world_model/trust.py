@@ -26,30 +26,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 LEVELS = torch.arange(100, 200) / 200  # 0.5 to 0.995
-WIDTH = 32  # of the rule's hidden layers
-KNOWN = 256  # steps of the training data that a step's distance is taken from
-NEAR = 0.05  # distances below this are rounding as much as distance
-NOISE = 0.3  # std, on what the rule sees while it learns, so that it doesn't learn policies by heart
-SIGHT = 5.0  # std, beyond which the rule sees no difference
-FULL = 2.0  # where a doubt stops growing: two states that have nothing to do with each other are about 1.4 apart
+HIDDEN = 32  # of the rule's hidden layers
+REFERENCES = 256  # steps of the training data that a step's distance is taken from
+MIN_DISTANCE = 0.05  # distances below this are rounding as much as distance
+INPUT_NOISE = 0.3  # std, on what the rule sees while it learns, so that it doesn't learn policies by heart
+INPUT_CLIP = 5.0  # std, beyond which the rule sees no difference
+MAX_UNCERTAINTY = (
+    2.0  # where a doubt stops growing: two states that have nothing to do with each other are about 1.4 apart
+)
 QUANTILE = 0.9  # what the rule is taught to be: the bound that most will ask for
 
 
 @dataclass(frozen=True)
-class Trust:
+class ConformalBound:
     """The rule u' = min(growth * u + injection, FULL), and the quantiles."""
 
     model: Tensor  # uint8 [n], the fingerprint of the weights that it was calibrated with
     mean: Tensor  # [O+A], of the observations and actions that the model was trained on
     unit: Tensor  # [O+A], 1 / their std; 0 for what never moves
-    known: Tensor  # [KNOWN,O+A], some of them, in these units
-    enter: Tensor  # [O+A+1,D]
-    enter_bias: Tensor  # [D]
-    middle: Tensor  # [D,D]
-    middle_bias: Tensor
-    leave: Tensor  # [D,2]
-    leave_bias: Tensor
-    first: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
+    reference: Tensor  # [KNOWN,O+A], some of them, in these units
+    in_weight: Tensor  # [O+A+1,D]
+    in_bias: Tensor  # [D]
+    hidden_weight: Tensor  # [D,D]
+    hidden_bias: Tensor
+    out_weight: Tensor  # [D,2]
+    out_bias: Tensor
+    initial_log: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
     quantiles: Tensor  # [2,Q,H] of error / u, dreamed step by step and in the longest chunks; infinite where too few
     counts: Tensor  # int64 [H], how many dreams lived that long
 
@@ -62,27 +64,27 @@ class Trust:
         """H, the longest dream that was calibrated."""
         return self.quantiles.shape[-1]
 
-    def expect(self, confidence: float) -> None:
+    def check_confidence(self, confidence: float) -> None:
         """Raises ValueError for a ``confidence`` that this calibration can't give even after one step."""
         if not 0.5 <= confidence <= 0.995:
             raise ValueError(f"confidence must be 0.5 to 0.995, got {confidence}")
-        if not bool(self.widths(confidence)[0].isfinite()):
+        if not bool(self.quantile(confidence)[0].isfinite()):
             raise ValueError(
                 f"confidence {confidence} needs more than the {int(self.counts[0])} dreams that this model was "
                 "calibrated on: ask for less, or kairos calibrate with more episodes"
             )
 
-    def begin(self, seen: Tensor) -> Tensor:
+    def initial(self, seen: Tensor) -> Tensor:
         """The doubt of B dreams that have just seen so many real frames, int64 [B] -> [B]."""
-        return self.first[seen.clamp_max(2) - 1].exp()
+        return self.initial_log[seen.clamp_max(2) - 1].exp()
 
-    def follow(self, doubt: Any, before: Any, actions: Any) -> Any:
+    def propagate(self, uncertainty: Any, before: Any, actions: Any) -> Any:
         """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
 
         All in torch, or all in numpy, which is faster where the dreams are few.
         """
-        xp, own = (torch, self) if isinstance(doubt, Tensor) else (np, self._in_numpy)
-        return _grow(xp, own, doubt, _seen(xp, own, xp.concatenate([before, actions], -1)))
+        xp, own = (torch, self) if isinstance(uncertainty, Tensor) else (np, self._in_numpy)
+        return _grow(xp, own, uncertainty, _seen(xp, own, xp.concatenate([before, actions], -1)))
 
     def distance(self, before: Tensor, actions: Tensor) -> Tensor:
         """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest known one -> [B,K].
@@ -92,23 +94,23 @@ class Trust:
         raw = torch.cat([before, actions], -1)
         return (_apart(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
 
-    def moved(self, fingerprint: str, known: Tensor, *, seed: int = 0) -> Trust:
-        """The same rule for another model, which was trained on the steps ``known`` [S,O+A] -> Trust.
+    def transfer(self, fingerprint: str, reference: Tensor, *, seed: int = 0) -> ConformalBound:
+        """The same rule for another model, which was trained on the steps ``reference`` [S,O+A] -> Trust.
 
         Its quantiles hold for that model as far as it is no worse than the one they were measured with.
         """
-        some = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:KNOWN]
-        return replace(self, model=_as_bytes(fingerprint), known=(known[some] - self.mean) * self.unit)
+        some = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
+        return replace(self, model=_as_bytes(fingerprint), reference=(reference[some] - self.mean) * self.unit)
 
     @cached_property
     def toward(self) -> Tensor:
-        """[O+A,KNOWN], and with ``square`` what the distance from ``known`` is made of."""
-        return (-2 * self.known.T).contiguous()
+        """[O+A,KNOWN], and with ``square`` what the distance from ``reference`` is made of."""
+        return (-2 * self.reference.T).contiguous()
 
     @cached_property
     def square(self) -> Tensor:
-        """[KNOWN], the squared length of ``known``."""
-        return self.known.square().sum(-1)
+        """[KNOWN], the squared length of ``reference``."""
+        return self.reference.square().sum(-1)
 
     @cached_property
     def _in_numpy(self) -> Any:
@@ -116,7 +118,7 @@ class Trust:
         tensors = self.tensors() | derived
         return SimpleNamespace(**{name: t.numpy() for name, t in tensors.items()})
 
-    def widths(self, confidence: float, chunk: int = 1) -> Tensor:
+    def quantile(self, confidence: float, chunk: int = 1) -> Tensor:
         """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H.
 
         chunk: how many steps are dreamed at once.
@@ -130,7 +132,7 @@ class Trust:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def load(cls, path: Path) -> Trust:
+    def load(cls, path: Path) -> ConformalBound:
         """Raises ValueError where the file is damaged."""
         try:
             found = cls(**load_file(path))
@@ -153,68 +155,68 @@ def _apart(xp: Any, own: Any, raw: Any) -> tuple[Any, Any]:
 def _seen(xp: Any, own: Any, raw: Any) -> Any:
     """Observations and actions [B,K,O+A] -> what the rule sees, [B,K,O+A+1]."""
     x, square = _apart(xp, own, raw)
-    far = 0.5 * xp.log(square.clip(NEAR**2, None))[:, None]
-    return xp.concatenate([x, far], 1).clip(-SIGHT, SIGHT).reshape(*raw.shape[:-1], -1)
+    far = 0.5 * xp.log(square.clip(MIN_DISTANCE**2, None))[:, None]
+    return xp.concatenate([x, far], 1).clip(-INPUT_CLIP, INPUT_CLIP).reshape(*raw.shape[:-1], -1)
 
 
-def _grow(xp: Any, own: Any, doubt: Any, seen: Any) -> Any:
+def _grow(xp: Any, own: Any, uncertainty: Any, seen: Any) -> Any:
     """The doubt [B] along what the rule sees, [B,K,O+A+1] -> [B,K]."""
-    x = xp.tanh(seen @ own.enter + own.enter_bias)
-    x = xp.tanh(x @ own.middle + own.middle_bias)
-    rates = xp.exp(own.centre + own.reach * xp.tanh(x @ own.leave + own.leave_bias))
+    x = xp.tanh(seen @ own.in_weight + own.in_bias)
+    x = xp.tanh(x @ own.hidden_weight + own.hidden_bias)
+    rates = xp.exp(own.centre + own.reach * xp.tanh(x @ own.out_weight + own.out_bias))
     after = []
     for k in range(seen.shape[1]):
-        doubt = (rates[:, k, 0] * doubt + rates[:, k, 1]).clip(None, FULL)
-        after.append(doubt)
+        uncertainty = (rates[:, k, 0] * uncertainty + rates[:, k, 1]).clip(None, MAX_UNCERTAINTY)
+        after.append(uncertainty)
     return after[0][:, None] if len(after) == 1 else xp.stack(after, 1)
 
 
-class Dreamed(NamedTuple):
-    """W dreams of H steps, as a ``Trust`` sees them, and their errors."""
+class DreamErrors(NamedTuple):
+    """W dreams of H steps, as a ``ConformalBound`` sees them, and their errors."""
 
     before: Tensor  # [W,H,O] the observation that each step began at: the first one real, the others dreamed
     actions: Tensor  # [W,H,A]
     error: Tensor  # [W,H] NaN where the real episode had ended, infinite where the dream is no number any more
     seen: Tensor  # int64 [W], real frames before
 
-    def part(self, rows: Tensor | slice) -> Dreamed:
+    def part(self, rows: Tensor | slice) -> DreamErrors:
         """Some of the dreams."""
-        return Dreamed(*(x[rows] for x in self))
+        return DreamErrors(*(x[rows] for x in self))
 
-    def doubt(self, trust: Trust) -> Tensor:
+    def uncertainty(self, trust: ConformalBound) -> Tensor:
         """What the bound is a multiple of -> [W,H]."""
-        return trust.follow(trust.begin(self.seen), self.before, self.actions)
+        return trust.propagate(trust.initial(self.seen), self.before, self.actions)
 
-    def bound(self, trust: Trust, confidence: float, chunk: int = 1) -> Tensor:
+    def bound(self, trust: ConformalBound, confidence: float, chunk: int = 1) -> Tensor:
         """What ``trust`` says of each dream after each step -> [W,H]."""
         steps = torch.arange(self.error.shape[1]).clamp_max(trust.horizon)
-        return self.doubt(trust) * trust.widths(confidence, chunk)[steps]
+        return self.uncertainty(trust) * trust.quantile(confidence, chunk)[steps]
 
-    def scores(self, trust: Trust) -> Tensor:
+    def scores(self, trust: ConformalBound) -> Tensor:
         """Error over doubt -> [W,H]; NaN where there is no error to speak of."""
-        score = (self.error / self.doubt(trust)).nan_to_num(torch.inf, torch.inf)
+        score = (self.error / self.uncertainty(trust)).nan_to_num(torch.inf, torch.inf)
         return torch.where(self.error.isnan(), torch.nan, score)
 
 
-def fit_trust(
+def fit_bound(
     fingerprint: str,
-    known: Tensor,
-    teaching: Dreamed,
-    single: Dreamed,
-    longest: Dreamed,
+    reference: Tensor,
+    teaching: DreamErrors,
+    single: DreamErrors,
+    longest: DreamErrors,
     *,
     seed: int = 0,
     updates: int = 600,
-) -> Trust:
+) -> ConformalBound:
     """Learn the rule from some dreams, and take the quantiles from others -> Trust.
 
     known: [S,O+A], what steps of the training data began at and played. single, longest: dreamed step by step, and in
     the longest chunks.
     """
     generator = torch.Generator().manual_seed(seed)
-    trust = _untaught(fingerprint, known, teaching.error, generator)
+    trust = _initial_bound(fingerprint, reference, teaching.error, generator)
     taught = _seen(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
-    _teach(trust, taught, teaching.error, teaching.seen, generator, updates)
+    _train_growth(trust, taught, teaching.error, teaching.seen, generator, updates)
     (quantiles, counts), (chunked, _) = (conformal(dreams.scores(trust)) for dreams in (single, longest))
     return replace(trust, quantiles=torch.stack([quantiles, chunked]), counts=counts)
 
@@ -236,21 +238,21 @@ def _as_bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def _untaught(fingerprint: str, known: Tensor, error: Tensor, generator: torch.Generator) -> Trust:
+def _initial_bound(fingerprint: str, reference: Tensor, error: Tensor, generator: torch.Generator) -> ConformalBound:
     begin = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
-    mean, std, inputs = known.mean(0), known.std(0), known.shape[1]
+    mean, std, inputs = reference.mean(0), reference.std(0), reference.shape[1]
     unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)
-    some = torch.randperm(len(known), generator=generator)[:KNOWN]
-    return Trust(
+    some = torch.randperm(len(reference), generator=generator)[:REFERENCES]
+    return ConformalBound(
         _as_bytes(fingerprint),
         mean,
         unit,
-        (known[some] - mean) * unit,
-        torch.randn(inputs + 1, WIDTH, generator=generator) / (inputs + 1) ** 0.5,
-        torch.zeros(WIDTH),
-        torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5,
-        torch.zeros(WIDTH),
-        0.1 * torch.randn(WIDTH, 2, generator=generator) / WIDTH**0.5,
+        (reference[some] - mean) * unit,
+        torch.randn(inputs + 1, HIDDEN, generator=generator) / (inputs + 1) ** 0.5,
+        torch.zeros(HIDDEN),
+        torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5,
+        torch.zeros(HIDDEN),
+        0.1 * torch.randn(HIDDEN, 2, generator=generator) / HIDDEN**0.5,
         torch.zeros(2),
         torch.stack([begin, begin]),
         torch.full((2, len(LEVELS), error.shape[1]), torch.inf),
@@ -258,7 +260,9 @@ def _untaught(fingerprint: str, known: Tensor, error: Tensor, generator: torch.G
     )
 
 
-def _teach(trust: Trust, inputs: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int) -> None:
+def _train_growth(
+    trust: ConformalBound, inputs: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int
+) -> None:
     """Make the doubt after every step the 90% quantile of the error there: the pinball loss on logarithms."""
     fixed = ("model", "mean", "unit", "known", "quantiles", "counts")
     learned = [t for name, t in trust.tensors().items() if name not in fixed]
@@ -270,9 +274,9 @@ def _teach(trust: Trust, inputs: Tensor, error: Tensor, seen: Tensor, generator:
     for update in range(updates):
         optimiser.param_groups[0]["lr"] = 5e-3 * (0.5 + 0.5 * math.cos(math.pi * update / updates))
         rows = torch.randint(len(error), (128,), generator=generator)
-        noise = NOISE * torch.randn(len(rows), *inputs.shape[1:], generator=generator)
-        doubt = _grow(torch, trust, trust.begin(seen[rows]), inputs[rows] + noise)
-        short = target[rows] - doubt.clamp_min(1e-12).log()
+        noise = INPUT_NOISE * torch.randn(len(rows), *inputs.shape[1:], generator=generator)
+        uncertainty = _grow(torch, trust, trust.initial(seen[rows]), inputs[rows] + noise)
+        short = target[rows] - uncertainty.clamp_min(1e-12).log()
         loss = torch.maximum(QUANTILE * short, (QUANTILE - 1) * short)
         loss = (loss * valid[rows]).sum() / valid[rows].sum().clamp_min(1)
         optimiser.zero_grad()

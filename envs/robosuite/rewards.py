@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+from world_model.contract import StepFn
+
 TABLE = 0.8  # m, the height of Lift's table
 LIFTED = TABLE + 0.04  # m, robosuite's: a cube above it is lifted
 RESTING = TABLE + 0.022  # m, the height of the largest cube's middle on the table
 
 
-def simple_lift(fields: Mapping[str, slice]) -> RewardFn:
+def simple_lift(fields: Mapping[str, slice]) -> StepFn:
     """Reach, grasp, lift, and not a word on how -> reward_fn(obs [...,O], action [...,A], next_obs [...,O]) -> [...].
 
     At most 0 for the distance to the cube (-1 for each 10 cm), 0.5 for fingers closed around it, 3 for 6 cm of height.
@@ -28,7 +29,7 @@ def simple_lift(fields: Mapping[str, slice]) -> RewardFn:
     return reward
 
 
-def staged_lift(fields: Mapping[str, slice]) -> RewardFn:
+def staged_lift(fields: Mapping[str, slice]) -> StepFn:
     """Lift as one would teach it -> reward_fn(obs [...,O], action [...,A], next_obs [...,O]) -> reward [...].
 
     Come above the cube with the fingers open, upright and turned to its faces; go down where the hand is right above

@@ -14,7 +14,7 @@ from kairos_gym.bench.gpu import gpu
 from kairos_gym.bench.kernels import memory, speed, step, updates
 from kairos_gym.bench.learning import gradients, learned, learning
 from kairos_gym.bench.lift import lift, lift_speed
-from kairos_gym.bench.pessimism import caution
+from kairos_gym.bench.pessimism import pessimism
 from kairos_gym.bench.planners import planners, together
 from kairos_gym.bench.trust import trust
 from kairos_gym.evaluation.memory_bounds import window_floor
@@ -60,7 +60,7 @@ def recall(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path =
     train = replace(recipe.train, seed=seed, frames=FRAMES, draft_steps=1000, steps=steps)
     # What the last frame doesn't hold is the memory's business here, so the draft sees that frame alone.
     shape = config(recipe, have.spec, pattern=pattern, window=4, dilation=2, taps=2, draft_frames=1)
-    assert sum({"S": 4, "D": 4, "G": 0}[letter] for letter in pattern) <= WAIT
+    assert sum({"S": 4, "D": 4, "G": 0}[kind] for kind in pattern) <= WAIT
     model = fit(shape, have.spec, have.train, train, out=out / f"hidden-{task}-{pattern}-{seed}")
     row = {"task": f"hidden {task}", "pattern": pattern, "seed": seed, "updates": steps}
     row["cpu_seconds"] = model.card["fit"]["cpu_seconds"]
@@ -199,7 +199,7 @@ COMMANDS = {
         floor,
         planners,
         together,
-        caution,
+        pessimism,
         learning,
         learned,
         gradients,

@@ -102,21 +102,21 @@ def multiply_adds(config: WorldModelConfig, chunk: int) -> float:
     o, a, p, d, da = config.obs_dim, config.action_dim, config.tokens, config.width, config.action_width
     inner, group = config.heads * config.head_dim, config.tokens + 1
     total = 0.0
-    for i, letter in enumerate(config.pattern):
+    for i, kind in enumerate(config.pattern):
         last = i + 1 == len(config.pattern)
-        gates = 2 * config.heads if letter == "G" else 0
+        gates = 2 * config.heads if kind == "G" else 0
         read_and_write = p * d * 2 * inner + da * 2 * inner  # keys and values
         world = p * d * (inner + config.expand * d) + p * (inner + config.expand * d) * d
         action = 0 if last else da * (inner + config.expand * da) + (inner + config.expand * da) * da
         asking = p if last else group  # queries of a noisy frame
         total += read_and_write + world + action  # denoise
         total += read_and_write + (p * d + da) * gates + (0 if last else world + action)  # write
-        if letter == "G":
+        if kind == "G":
             noisy = config.head_dim + group * chunk * 2  # the memory, then the chunk's own keys and values
             written = (2 if last else 3) * config.head_dim * group
             total += inner * (asking * noisy + written)
         else:
-            stride, reach = (1, config.window) if letter == "S" else (config.dilation, config.dilation * config.taps)
+            stride, reach = (1, config.window) if kind == "S" else (config.dilation, config.dilation * config.taps)
             seen = (
                 sum(
                     len(range(stride, reach + 1, stride)) - sum(k % stride == 0 and k > 0 for k in range(f + 1))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kairos_gym.dream.vector_env import DreamVectorEnv
-from kairos_gym.learning.learn import judges
+from kairos_gym.learning.learn import make_eval_envs
 from kairos_gym.learning.loop import loop
 from kairos_gym.learning.loop_config import LoopConfig
 from kairos_gym.models import load
@@ -106,12 +106,12 @@ def gradients(
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
     from kairos_gym.policies.sb3 import make
     from kairos_gym.policies.shac import ActorCritic
-    from world_model.dynamics.draft_dynamics import Drafted
+    from world_model.dynamics.draft_dynamics import DraftDynamics
 
     world, returns, spent = load(model), {}, 0.0
     if algorithm == "shac":
-        policy: Any = ActorCritic.of(world.spec, seed=seed)
-        policy.begin(DreamVectorEnv(Drafted(world), 64, autoreset_mode="SameStep"), seed)
+        policy: Any = ActorCritic.from_spec(world.spec, seed=seed)
+        policy.start(DreamVectorEnv(DraftDynamics(world), 64, autoreset_mode="SameStep"), seed)
     else:
         venv = DreamVecEnv(world, 64)
         venv.seed(seed)
@@ -120,7 +120,7 @@ def gradients(
         until = time.process_time() + budget - spent
         if algorithm == "shac":
             while time.process_time() < until:
-                policy.stretch()
+                policy.rollout()
         else:
             going = lambda *_, until=until: time.process_time() < until  # noqa: E731
             policy.learn(10**9, going, log_interval=None, reset_num_timesteps=False)
@@ -130,9 +130,9 @@ def gradients(
 
 
 def _returns(policy: Any, task: str) -> list[float]:
-    from kairos_gym.policies.sb3 import judge
+    from kairos_gym.policies.sb3 import evaluate
 
-    return judge(policy, judges(task)[0], seed=FRESH).real.tolist()
+    return evaluate(policy, make_eval_envs(task)[0], seed=FRESH).real.tolist()
 
 
 def learned(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/learning.svg")) -> None:

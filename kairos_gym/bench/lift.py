@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from kairos_gym.learning.recipes import RECIPES, config, data, recorded_as
+from kairos_gym.learning.recipes import RECIPES, collect_split, config, data
 from kairos_gym.models import load
-from kairos_gym.policies.cloning import best, cloned
+from kairos_gym.policies.cloning import best, clone
 from kairos_gym.report import machine
-from planners import CEM, MPC, Objective, Proposed
+from planners import CEM, MPC, Objective, PolicyGuided
 from world_model.episodes import Episodes
 from world_model.training.fit import fit
 
@@ -141,14 +141,14 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
         return true, about | {"data": None}
     if who == "random-data":
         recipe, task = RECIPES["lift"], data("lift")
-        episodes = Episodes.from_minari(recorded_as(recipe, "random", 3, recipe.episodes, "mixed"))
+        episodes = Episodes.from_minari(collect_split(recipe, "random", 3, recipe.episodes, "mixed"))
         world = fit(config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random")
         about["data"] = "as many random steps"
     else:
         world = load("lift")
     if who == "proposed":
         task = data("lift")
-        planner = Proposed(planner, cloned(task.spec, task.train))
+        planner = PolicyGuided(planner, clone(task.spec, task.train))
 
     def dreaming(number: int) -> Act:
         mpc = MPC(world, planner, Objective(reward_fn=wanted), seed=number)
@@ -160,13 +160,13 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
 def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
     """SAC, trained in cautious dreams that begin at the experts' states, and by a quarter on the experts' own steps."""
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-    from kairos_gym.learning.learn import replay, started
+    from kairos_gym.learning.learn import replay, start_states
     from kairos_gym.policies.sb3 import Mixed, make
-    from planners import Cautious
+    from world_model.dynamics import Pessimistic
 
     world, real = load("lift"), data("lift").train
-    world.starts = started(real)
-    venv = DreamVecEnv(Cautious(world, 1.0), 64, max_episode_steps=16, reward_fn=wanted)
+    world.starts = start_states(real)
+    venv = DreamVecEnv(Pessimistic(world, 1.0), 64, max_episode_steps=16, reward_fn=wanted)
     venv.seed(0)
     nets = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
     own: dict[str, Any] = {"replay_buffer_class": Mixed, "learning_starts": 0, "gamma": 0.97, "policy_kwargs": nets}
@@ -182,7 +182,7 @@ def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
 
 def _cloning(only_best: bool) -> Callable[[int], Act]:
     task = data("lift")
-    policy = cloned(task.spec, best(task.train, BEST) if only_best else task.train)
+    policy = clone(task.spec, best(task.train, BEST) if only_best else task.train)
     return lambda number: _alone(lambda obs: policy(torch.from_numpy(obs)).numpy())
 
 

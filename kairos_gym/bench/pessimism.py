@@ -9,12 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kairos_gym.data.collect import recorded
-from kairos_gym.evaluation.calibrate import trust_in
+from kairos_gym.data.collect import load_dataset
+from kairos_gym.evaluation.calibrate import calibrate_model
 from kairos_gym.evaluation.control import plan, play
 from kairos_gym.learning.recipes import RECIPES, config
 from kairos_gym.report import machine
-from planners import CEM, Cautious, Plan
+from planners import CEM, Plan
+from world_model.dynamics import Pessimistic
 from world_model.episodes import Episodes, spec_of
 from world_model.training.fit import fit
 
@@ -29,12 +30,12 @@ KEPT = 16  # episodes to calibrate on
 RUNGS = 10  # policies that play by turns in a ladder's episodes
 
 
-def caution(
+def pessimism(
     task: str,
     episodes_of_data: int = 8,
     dataset: str | None = None,
     policies: tuple[int, ...] = tuple(range(RUNGS)),
-    by: Literal["doubt", "distance"] = "distance",
+    by: Literal["uncertainty", "distance"] = "distance",
     penalties: tuple[float, ...] = (1.0, 2.0, 5.0),
     episodes: int = 20,
     seed: int = 0,
@@ -42,7 +43,7 @@ def caution(
 ) -> dict[str, Any]:
     """Train on few episodes, calibrate on 16 others, and play for real with each penalty -> mean returns.
 
-    Penalties are ``Cautious``'s, and so is ``by``. Each row has the mean difference to the same planner without one
+    Penalties are ``Pessimistic``'s, and so is ``by``. Each row has the mean difference to the same planner without one
     from the same starts, and its 95% interval over starts; "imagined" is what plans without a penalty promised a step,
     "real" what a step then earned.
 
@@ -57,7 +58,7 @@ def caution(
     recipe, planner = RECIPES[task], PLANNERS[task]
     env_id = f"{recipe.env},max_episode_steps={LASTS[task]}"
     name = f"{task}/train-v0" if dataset is None else dataset
-    source = recorded(name)
+    source = load_dataset(name)
     chosen = [e for e in range(source.total_episodes) if e % RUNGS in policies]
     first = seed * episodes_of_data
     if episodes_of_data < 1 or first + episodes_of_data + KEPT > len(chosen):
@@ -71,14 +72,16 @@ def caution(
     env.close()
     folder = f"few-{name.replace('/', '-')}-{''.join(map(str, policies))}-{episodes_of_data}-{seed}"
     model = fit(config(recipe, spec), spec, few, replace(recipe.train, **UPDATES, seed=seed), out=Path("runs") / folder)
-    trust_in(model, few, [Episodes.from_minari(source, chosen[-KEPT:])], [name], seed=seed)
+    calibrate_model(model, few, [Episodes.from_minari(source, chosen[-KEPT:])], [name], seed=seed)
 
     promised = _Promised(planner)
     plain = plan(env_id, model, promised, episodes=episodes, seed=start)
     space: Any = spec.action_space
     rest = np.zeros((episodes, *space.shape), space.dtype)
     still = play(env_id, lambda obs, inner: rest, episodes=episodes, seed=start)
-    played = {str(p): plan(env_id, Cautious(model, p, by), planner, episodes=episodes, seed=start) for p in penalties}
+    played = {
+        str(p): plan(env_id, Pessimistic(model, p, by), planner, episodes=episodes, seed=start) for p in penalties
+    }
     rows = [{"penalty": "0", "mean": float(plain.returns.mean())}]
     for penalty, other in (played | {"no action": still}).items():
         more = replace(other, returns=other.returns - plain.returns)

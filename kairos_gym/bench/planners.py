@@ -164,8 +164,8 @@ def together(
             planner.plan(world, state, seed=seeds)
 
         def one_by_one(planner: CEM = planner) -> None:
-            for b, alone in enumerate(one):
-                planner.plan(world, alone, seed=b)
+            for b, batch_of_one in enumerate(one):
+                planner.plan(world, batch_of_one, seed=b)
 
         took: dict[Any, list[float]] = {at_once: [], one_by_one: []}
         for _ in range(rounds):

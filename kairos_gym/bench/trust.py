@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kairos_gym.dream.vector_env import DreamVectorEnv
-from kairos_gym.evaluation.calibrate import doubted, draw, taught
+from kairos_gym.evaluation.calibrate import draw_calibration_windows, dream_errors, taught
 from kairos_gym.evaluation.comparison import steps_of
 from kairos_gym.evaluation.open_loop import Windows
 from kairos_gym.learning.recipes import RECIPES, calibration
@@ -20,7 +20,7 @@ from kairos_gym.models import load
 from kairos_gym.report import as_text
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import Dreamed, conformal
+from world_model.trust import DreamErrors, conformal
 
 SAMPLED = 4  # dreams whose spread is a signal
 HORIZONS = (1, 8, 32, 64)
@@ -38,14 +38,14 @@ def trust(task: str, dreams: int = 500) -> None:
     assert learned is not None, "shipped models are calibrated"
     have = {}
     for name, parts in calibration(RECIPES[task]).items():
-        windows = draw(Episodes.join(parts), 1)
+        windows = draw_calibration_windows(Episodes.join(parts), 1)
         have[name] = _some(windows, taught(windows, parts) if name == "calibration" else 0, dreams)
-    seen_by = {name: (windows, doubted(model, windows, model.scaling.obs_std)) for name, windows in have.items()}
-    signals: dict[str, Callable[[Windows, Dreamed], Tensor]] = {
+    seen_by = {name: (windows, dream_errors(model, windows, model.scaling.obs_std)) for name, windows in have.items()}
+    signals: dict[str, Callable[[Windows, DreamErrors], Tensor]] = {
         "steps alone": lambda windows, seen: torch.ones_like(seen.error),
         "draft's variance": partial(_draft_spread, model),
         f"spread of {SAMPLED} sampled dreams": partial(_sampled_spread, model),
-        "learned doubt": lambda windows, seen: seen.doubt(learned),
+        "learned doubt": lambda windows, seen: seen.uncertainty(learned),
     }
     print(f"{task}: coverage, mean width, median width\n")
     for fresh, policies in (("second", "the same policies"), ("unseen", "other policies")):
@@ -88,7 +88,7 @@ def _cost(model: WorldModel, batch: int, rounds: int = 9) -> list[Any]:
 
 
 @torch.inference_mode()
-def _draft_spread(model: WorldModel, windows: Windows, seen: Dreamed) -> Tensor:
+def _draft_spread(model: WorldModel, windows: Windows, seen: DreamErrors) -> Tensor:
     """The root of the accumulated variance that the draft gives each step."""
     assert model.draft is not None
     obs, scaling = model.scaling.obs(seen.before), model.scaling
@@ -98,7 +98,7 @@ def _draft_spread(model: WorldModel, windows: Windows, seen: Dreamed) -> Tensor:
 
 
 @torch.inference_mode()
-def _sampled_spread(model: WorldModel, windows: Windows, seen: Dreamed) -> Tensor:
+def _sampled_spread(model: WorldModel, windows: Windows, seen: DreamErrors) -> Tensor:
     state, dreams = windows.begin(model), []
     for i in range(SAMPLED):
         own = state.replace(seed=torch.arange(len(windows.at)) * SAMPLED + i)

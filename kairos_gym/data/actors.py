@@ -16,14 +16,14 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kairos_gym.policies.ladder import Policy, alone, ladder
+from kairos_gym.policies.ladder import Policy, batch_of_one, ladder
 
 Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
 # What the expert is like by turns. A planner tries what no expert does, so in half of the episodes random actions take
 # over now and then.
-TURNS: tuple[dict[str, Any], ...] = (
+EXPERT_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"noise": 0.3},
     {"noise": 0.1, "failure": "offset"},
@@ -35,7 +35,7 @@ DEATHS = 3  # of workers, one after the other without an episode between them, u
 
 
 @dataclass(frozen=True)
-class Script:
+class Collection:
     """What is played: an episode is a function of this and of its number. See ``collect``."""
 
     env_id: str
@@ -58,8 +58,8 @@ class Script:
         return ladder(self.env_id, seed=self.policy_seed, progress=progress) if self.behaviour == "ladder" else []
 
 
-def play_on(
-    script: Script, env: gym.Env, turns: list[Policy], first: int, workers: int
+def generate_episodes(
+    script: Collection, env: gym.Env, turns: list[Policy], first: int, workers: int
 ) -> Generator[Episode, None, None]:
     """Episodes ``first``, ``first`` + 1, ... without end, in that order.
 
@@ -96,7 +96,7 @@ def play_on(
         pool.shutdown(cancel_futures=True)
 
 
-def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episode:
+def play(script: Collection, env: gym.Env, turns: list[Policy], index: int) -> Episode:
     """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
 
     Where there are ``turns``, one of them plays it. "success" [1], where the simulator tells of it.
@@ -114,7 +114,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
     solved: bool | None = None
     while not (terminations and (terminations[-1] or truncations[-1])):
         if turns:
-            action = turns[index % len(turns)].act(alone(obs), len(actions), np.array([env_seed]))[0]
+            action = turns[index % len(turns)].act(batch_of_one(obs), len(actions), np.array([env_seed]))[0]
         else:
             action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
         obs, reward, terminated, truncated, info = env.step(action)
@@ -123,7 +123,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
         rewards.append(float(reward))
         terminations.append(bool(terminated))
         truncations.append(bool(truncated))
-        told = says_success(info)
+        told = success_of(info)
         solved = solved if told is None else bool(solved) or told
     success = {} if solved is None else {"success": np.array([solved])}
     return {
@@ -137,7 +137,7 @@ def play(script: Script, env: gym.Env, turns: list[Policy], index: int) -> Episo
     }
 
 
-def says_success(info: dict[str, Any]) -> bool | None:
+def success_of(info: dict[str, Any]) -> bool | None:
     """What a simulator says of success in a step's ``info``; None where it says nothing."""
     for key in ("is_success", "success"):
         if key in info:
@@ -145,15 +145,15 @@ def says_success(info: dict[str, Any]) -> bool | None:
     return None
 
 
-def _pool(script: Script, workers: int) -> ProcessPoolExecutor:
+def _pool(script: Collection, workers: int) -> ProcessPoolExecutor:
     # Not forked: a process that has used torch's threads can't be.
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (script,))
 
 
-_mine: tuple[Script, gym.Env, list[Policy]] | None = None  # a worker's own
+_mine: tuple[Collection, gym.Env, list[Policy]] | None = None  # a worker's own
 
 
-def _begin(script: Script) -> None:
+def _begin(script: Collection) -> None:
     global _mine
     import torch
 
@@ -193,7 +193,7 @@ def _expert(env: gym.Env, rng: np.random.Generator, index: int) -> Callable[[Any
     """The expert of episode number ``index``, one of TURNS."""
     from envs import Expert
 
-    turn = dict(TURNS[index % len(TURNS)])
+    turn = dict(EXPERT_VARIANTS[index % len(EXPERT_VARIANTS)])
     interrupted = turn.pop("interrupted", False)
     expert = Expert(env, **turn, seed=int(rng.integers(2**31)))
     if not interrupted:

@@ -26,7 +26,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from kairos_gym.data.actors import Behaviour, Episode, Script, play_on
+from kairos_gym.data.actors import Behaviour, Episode, Collection, generate_episodes
 from kairos_gym.policies.ladder import Policy, fingerprint
 from world_model.episodes import spec_of
 
@@ -75,7 +75,7 @@ def collect(
     where workers die again and again.
     """
     _check_arguments(dataset_id, seed, steps, episodes, episode_steps, behaviour, policy, workers)
-    script = Script(env_id, episode_steps, seed, behaviour, policy_seed, policy)
+    script = Collection(env_id, episode_steps, seed, behaviour, policy_seed, policy)
     env = script.env()
     try:
         _check_env(env)
@@ -107,7 +107,7 @@ def collect(
     return minari.load_dataset(dataset_id)
 
 
-def recorded(dataset_id: str) -> minari.MinariDataset:
+def load_dataset(dataset_id: str) -> minari.MinariDataset:
     """The Minari dataset of that name. Raises FileNotFoundError, with the way to get one, where there is none."""
     try:
         return minari.load_dataset(dataset_id)
@@ -241,7 +241,7 @@ def _keep_recipe(path: Path, recipe: dict[str, Any], dataset_id: str) -> None:
 
 
 def _collect_missing(
-    script: Script,
+    script: Collection,
     env: gym.Env,
     journal: BinaryIO,
     amount: dict[str, int],
@@ -264,7 +264,7 @@ def _collect_missing(
         before = f"going on after {played} episodes; " if played else ""
         go_on = "if this is stopped, the same command goes on: finished episodes are kept in"
         bar.write(f"{before}{go_on} {part}", file=sys.stderr)
-    stream = play_on(script, env, turns, played, workers)
+    stream = generate_episodes(script, env, turns, played, workers)
     try:
         while done < goal:
             episode = next(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kairos_gym.data.collect import Behaviour, collect, recorded
+from kairos_gym.data.collect import Behaviour, collect, load_dataset
 from world_model.episodes import Episodes
 
 RECIPE = (
@@ -47,7 +47,7 @@ def experience(card: dict[str, Any]) -> Experience:
         )
     name = str(data["dataset"])
     try:
-        dataset = recorded(name)
+        dataset = load_dataset(name)
     except FileNotFoundError:
         amount = {unit: data[unit] for unit in ("steps", "episodes") if unit in data}
         if data.get("behaviour") not in get_args(Behaviour) or len(amount) != 1:

@@ -17,27 +17,27 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from kairos_gym.dream.space_adapter import Doors
-from kairos_gym.dream.step_function import Judge, JudgeFn, to_numpy
-from kairos_gym.dream.steps import Believed, Ends, Inner, Step, is_plain
+from kairos_gym.dream.space_adapter import SpaceAdapter
+from kairos_gym.dream.step_function import StepFn, StepFunction, to_numpy
+from kairos_gym.dream.steps import ErrorBound, InnerSteps, Step, StepEnds, is_uneventful
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.noise import bits
 from world_model.spaces import unflatten
-from world_model.trust import Trust
+from world_model.trust import ConformalBound
 
 Rows = NDArray[np.int64]
 
 
-class _Doubts(NamedTuple):
+class _InnerBounds(NamedTuple):
     """Of R dreams after each of K inner steps, all [R,K]: see ``world_model.trust``."""
 
-    doubt: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
     bound: NDArray[np.float64]
     steps: NDArray[np.int64]  # since the last real frame
 
 
-class Dreams:
+class DreamBatch:
     """B dreams of ``model``. Observations [R,O] and actions [R,K,A] are vectors here, on the model's device.
 
     Each dream has a seed of its own and counts its episodes; start and noise of an episode are a function of the two.
@@ -56,8 +56,8 @@ class Dreams:
         sampled: bool = False,
         flow_steps: int = 1,
         max_episode_steps: int | None = None,
-        reward_fn: JudgeFn | None = None,
-        termination_fn: JudgeFn | None = None,
+        reward_fn: StepFn | None = None,
+        termination_fn: StepFn | None = None,
         max_error: float | None = None,
         confidence: float | None = None,
     ):
@@ -94,9 +94,9 @@ class Dreams:
         self._flow: dict[str, Any] = ({"sampled": True} if sampled else {}) | (
             {"flow_steps": flow_steps} if flow_steps != 1 else {}
         )
-        self._reward = None if reward_fn is None else Judge("reward_fn", reward_fn)
-        self._termination = None if termination_fn is None else Judge("termination_fn", termination_fn)
-        self.doors = Doors(spec, self.chunk)
+        self._reward = None if reward_fn is None else StepFunction("reward_fn", reward_fn)
+        self._termination = None if termination_fn is None else StepFunction("termination_fn", termination_fn)
+        self.adapter = SpaceAdapter(spec, self.chunk)
 
         self.state: Any = None  # what the dreams remember, an immutable snapshot: planners may start from it
         # The present observations as the model said them: the last of these [B,K,O], or else [B,O] and which are known.
@@ -108,12 +108,12 @@ class Dreams:
         self._episode = np.full(self.batch, -1)  # since the seed was given; -1 before the first
         self._clock = 0  # simulator steps that all have made
         self._born = np.zeros(self.batch, np.int64)  # where the clock stood when the episode began, more or less
-        self._doubt = np.full(self.batch, np.nan, np.float32)  # NaN where nobody asked; see ``world_model.trust``
+        self._uncertainty = np.full(self.batch, np.nan, np.float32)  # NaN where nobody asked; see ``world_model.trust``
         self.any_ended, self._due = True, 0  # where the clock stands when the first dream reaches its limit
         self.everywhere, self._inner_steps = np.ones(self.batch, bool), np.arange(1, self.chunk + 1)
         self.everywhere.flags.writeable = False  # infos point to it
         never = np.zeros(self.batch, bool)
-        self._never = Ends(never, never, never)
+        self._never = StepEnds(never, never, never)
         self._artist: Env | None = None
         self.closed = False
         self.device = torch.device("cpu")  # where the model is, known from its first state on
@@ -126,7 +126,7 @@ class Dreams:
         return self._obs if self._known.all() else None
 
     @property
-    def believes(self) -> bool:
+    def bounds_error(self) -> bool:
         """Whether somebody asked how wrong the dreams may be."""
         return self._trust is not None
 
@@ -176,7 +176,7 @@ class Dreams:
         self._place(at, obs[:, -1].clone())
         self._seed[at], self._episode[at], self._born[at], self.ended[at] = seed, episode, self._clock, False
         if self._trust is not None:
-            self._doubt[at] = self._trust.begin(torch.full((len(at),), obs.shape[1])).numpy()
+            self._uncertainty[at] = self._trust.initial(torch.full((len(at),), obs.shape[1])).numpy()
         self._count()
 
     def step(self, actions: Tensor, rows: Rows | None = None, *, decode: bool = True) -> Step:
@@ -189,24 +189,24 @@ class Dreams:
         state = self.state if rows is None else self.state.select(torch.from_numpy(rows))
         after, imagined = self.model.imagine(state, actions, decode=decode, **self._flow)
         if self._reward is not None or self._termination is not None:
-            imagined = self._judged(actions, imagined, rows)
-        inner = Inner.of(imagined) if self.device.type == "cpu" else None
+            imagined = self._evaluations(actions, imagined, rows)
+        inner = InnerSteps.of(imagined) if self.device.type == "cpu" else None
         at = self._at(rows)
-        doubts = None if self._trust is None else self._doubts(actions, inner or Inner.of(imagined), at)
+        bounds = None if self._trust is None else self._inner_bounds(actions, inner or InnerSteps.of(imagined), at)
         if (
             rows is None
             and self._clock + self.chunk < self._due
-            and is_plain(imagined, inner)
-            and (doubts is None or not self._too_wrong(doubts.bound).any())
+            and is_uneventful(imagined, inner)
+            and (bounds is None or not self._too_wrong(bounds.bound).any())
         ):
             # Nothing ends: what nearly every step comes to.
             self.state, self._inner_obs = after, imagined.obs
             if imagined.obs is None:
                 self._known[:] = False
             self._clock += self.chunk
-            return Step(imagined, self._never, inner, believed=self._believe(doubts, at, self.chunk))
-        stepped, steps = self._ending(imagined, inner or Inner.of(imagined), at, doubts)
-        stepped.believed = self._believe(doubts, at, steps)
+            return Step(imagined, self._never, inner, error_bound=self._error_bound(bounds, at, self.chunk))
+        stepped, steps = self._ending(imagined, inner or InnerSteps.of(imagined), at, bounds)
+        stepped.error_bound = self._error_bound(bounds, at, steps)
         self.state = after if rows is None else self.state.put(torch.from_numpy(at), after)
         self._place(at, stepped.obs)
         self._born[at] -= steps  # the clock stands still for the others
@@ -284,7 +284,7 @@ class Dreams:
         self._place(at, obs)
         self._set_columns(at, columns)
 
-    def fork(self, n: int, rows: Rows | None = None) -> Dreams:
+    def fork(self, n: int, rows: Rows | None = None) -> DreamBatch:
         """n copies of each of ``rows``, or of all, next to each other -> new Dreams of the same model."""
         self.expect_open()
         if not is_count(n):
@@ -292,7 +292,7 @@ class Dreams:
         at = self._at(rows)
         self.expect_begun(at)
         at = np.repeat(at, n)
-        copies = Dreams(self.model, len(at), **self._settings)
+        copies = DreamBatch(self.model, len(at), **self._settings)
         copies.state = self.state.select(torch.from_numpy(at))
         obs, known = self.present()
         copies._obs, copies._known, copies.device = obs[torch.from_numpy(at)], known[at], self.device
@@ -315,7 +315,7 @@ class Dreams:
             raise ValueError(f"render_mode must be one of {[None, *modes]} for this model{why}; got {render_mode!r}")
         return {"render_modes": modes, "render_fps": max(1, round(1 / (self.model.spec.dt * self.chunk)))}
 
-    def draw(self, row: int) -> NDArray[np.uint8]:
+    def render_observation(self, row: int) -> NDArray[np.uint8]:
         """The present observation of a dream, as the real simulator draws the state that shows it."""
         self.expect_open()
         self.expect_begun(np.array([row]))
@@ -323,12 +323,12 @@ class Dreams:
             raise ValueError("the present observation is not known: the last step was made with decode=False")
         name = self.card["env"]
         try:
-            from envs import draw, make_real  # only those who draw need a simulator
+            from envs import make_real, render_observation  # only those who draw need a simulator
 
             if self._artist is None:
                 self._artist = make_real(name, render_mode="rgb_array")
                 self._artist.reset(seed=0)
-            return draw(self._artist, self.doors.shown(to_numpy(self.obs[row])))
+            return render_observation(self._artist, self.adapter.shown(to_numpy(self.obs[row])))
         except (TypeError, ValueError, ImportError):
             raise  # they say themselves what this observation lacks
         except Exception as error:
@@ -348,17 +348,17 @@ class Dreams:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _ending(
-        self, imagined: Imagined, inner: Inner, at: Rows, doubts: _Doubts | None
+        self, imagined: Imagined, inner: InnerSteps, at: Rows, bounds: _InnerBounds | None
     ) -> tuple[Step, NDArray[np.int64]]:
         """The general case, in which dreams may end within the chunk -> Step, inner steps that count [R]."""
-        (obs, reward, _), end = imagined, inner.terminated
+        obs, reward, end = imagined.obs, imagined.reward, inner.terminated
         good = np.isfinite(inner.reward)
         if inner.obs is not None:
             good &= np.isfinite(inner.obs).all(-1)
         steps = np.where(end.any(1), end.argmax(1) + 1, self.chunk)
         left = np.full(len(at), self.chunk + 1) if self.limit is None else self.limit - (self._clock - self._born[at])
-        if doubts is not None:  # the first inner step that may be too wrong is the last
-            wrong = self._too_wrong(doubts.bound)
+        if bounds is not None:  # the first inner step that may be too wrong is the last
+            wrong = self._too_wrong(bounds.bound)
             left = np.where(wrong.any(1), np.minimum(left, wrong.argmax(1) + 1), left)
         steps = np.minimum(steps, left)
         sound = np.where(good.all(1), self.chunk, good.argmin(1))  # inner steps before the first that isn't finite
@@ -373,10 +373,10 @@ class Dreams:
             before = self.present()[0][torch.from_numpy(at)]
             known = obs[torch.arange(len(at), device=obs.device), (which - 1).clamp_min(0)]
             last = torch.where((which > 0)[:, None], known, before)
-        ends = Ends((end & counts).any(1), lost | (steps == left), lost)
+        ends = StepEnds((end & counts).any(1), lost | (steps == left), lost)
         return Step(imagined, ends, inner, last, earned), steps
 
-    def _calibration(self, sampled: bool, flow_steps: int) -> Trust:
+    def _calibration(self, sampled: bool, flow_steps: int) -> ConformalBound:
         """Raises ValueError where the model can't say how wrong it may be, or not with that confidence."""
         for name, number in (("max_error", self.max_error), ("confidence", self.confidence)):
             if number is not None and (not isinstance(number, int | float | np.number) or isinstance(number, bool)):
@@ -394,11 +394,11 @@ class Dreams:
                 "this model was not calibrated, so it can't say how wrong it may be: run kairos calibrate MODEL "
                 "DATASET with recorded episodes that its training left out"
             )
-        trust.expect(self.confidence)
-        self._widths = trust.widths(self.confidence, self.chunk).double().numpy()
+        trust.check_confidence(self.confidence)
+        self._widths = trust.quantile(self.confidence, self.chunk).double().numpy()
         return trust  # type: ignore[no-any-return]
 
-    def _doubts(self, actions: Tensor, inner: Inner, at: Rows) -> _Doubts:
+    def _inner_bounds(self, actions: Tensor, inner: InnerSteps, at: Rows) -> _InnerBounds:
         """How wrong the dreams ``at`` may be after each of these inner steps."""
         if inner.obs is None or (self._inner_obs is None and not self._known[at].all()):
             raise ValueError("max_error and confidence follow the observations, so no step may have decode=False")
@@ -406,29 +406,29 @@ class Dreams:
         before = to_numpy(self.present()[0])[at, None]
         if self.chunk > 1:
             before = np.concatenate([before, inner.obs[:, :-1]], 1)
-        doubt = self._trust.follow(self._doubt[at], before, to_numpy(actions))
+        uncertainty = self._trust.propagate(self._uncertainty[at], before, to_numpy(actions))
         steps = (self._clock - self._born[at])[:, None] + self._inner_steps
         widths = self._widths[np.minimum(steps, len(self._widths)) - 1]
-        return _Doubts(doubt, doubt * widths, steps)
+        return _InnerBounds(uncertainty, uncertainty * widths, steps)
 
     def _too_wrong(self, bound: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.zeros(bound.shape, bool) if self.max_error is None else ~(bound <= self.max_error)
 
-    def _believe(self, doubts: _Doubts | None, at: Rows, steps: Any) -> Believed | None:
+    def _error_bound(self, bounds: _InnerBounds | None, at: Rows, steps: Any) -> ErrorBound | None:
         """Keep the doubt after so many inner ``steps`` (of a lost dream, none may count), and tell of it."""
-        if doubts is None:
+        if bounds is None:
             return None
         which = (slice(None), -1) if isinstance(steps, int) else (np.arange(len(at)), np.maximum(steps, 1) - 1)
-        self._doubt[at] = doubts.doubt[which]
-        return Believed(doubts.bound[which], doubts.steps[which])
+        self._uncertainty[at] = bounds.uncertainty[which]
+        return ErrorBound(bounds.bound[which], bounds.steps[which])
 
-    def _judged(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
+    def _evaluations(self, actions: Tensor, imagined: Imagined, rows: Rows | None) -> Imagined:
         """What the user's own functions say of the imagined steps, in place of what the model says."""
         (present, known), at = self.present(), self._at(rows)
         if imagined.obs is None or not known[at].all():
             raise ValueError("reward_fn and termination_fn judge observations, so no step may have decode=False")
         spec, begun = self.model.spec, present[torch.from_numpy(at)]
-        seen = self.doors.within(torch.cat([begun[:, None], imagined.obs], 1))
+        seen = self.adapter.within(torch.cat([begun[:, None], imagined.obs], 1))
         steps = (
             unflatten(spec.observation_space, seen[:, :-1].flatten(0, 1)),
             unflatten(spec.action_space, actions.flatten(0, 1).clone()),  # not the caller's own
@@ -469,7 +469,7 @@ class Dreams:
             "ended": self.ended.copy(),
             "seed": self._seed.copy(),
             "episode": self._episode.copy(),
-            "doubt": self._doubt.copy(),
+            "doubt": self._uncertainty.copy(),
         }
 
     def _set_columns(self, at: Any, columns: dict[str, NDArray[Any]]) -> None:
@@ -478,7 +478,7 @@ class Dreams:
             (self.ended, "ended"),
             (self._seed, "seed"),
             (self._episode, "episode"),
-            (self._doubt, "doubt"),
+            (self._uncertainty, "doubt"),
         ):
             own[at] = columns[name]
         self._count()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kairos_gym.dream.batch import Dreams, Rows
-from kairos_gym.dream.step_function import JudgeFn, to_numpy
+from kairos_gym.dream.batch import DreamBatch, Rows
+from kairos_gym.dream.step_function import StepFn, to_numpy
 from world_model.contract import Dynamics
 from world_model.spaces import ActionCheck
 
@@ -55,13 +55,13 @@ class DreamEnv(gym.Env[Any, Any]):
         sampled: bool = False,
         flow_steps: int = 1,
         max_episode_steps: int | None = None,
-        reward_fn: JudgeFn | None = None,
-        termination_fn: JudgeFn | None = None,
+        reward_fn: StepFn | None = None,
+        termination_fn: StepFn | None = None,
         max_error: float | None = None,
         confidence: float | None = None,
         render_mode: str | None = None,
     ):
-        dreams = Dreams(
+        dreams = DreamBatch(
             model,
             1,
             chunk=chunk,
@@ -76,35 +76,35 @@ class DreamEnv(gym.Env[Any, Any]):
         self._look_at(dreams, 0, render_mode, None)
 
     @classmethod
-    def of(cls, dreams: Dreams, row: int, render_mode: str | None, owner: DreamVectorEnv) -> DreamEnv:
+    def of(cls, dreams: DreamBatch, row: int, render_mode: str | None, owner: DreamVectorEnv) -> DreamEnv:
         """A view of one row of the ``dreams`` of ``owner``: stepping it steps that row alone."""
         env = cls.__new__(cls)
         env._look_at(dreams, row, render_mode, owner)
         return env
 
-    def _look_at(self, dreams: Dreams, row: int, render_mode: str | None, owner: DreamVectorEnv | None) -> None:
+    def _look_at(self, dreams: DreamBatch, row: int, render_mode: str | None, owner: DreamVectorEnv | None) -> None:
         self.metadata, self.render_mode = dreams.rendering(render_mode), render_mode
-        self._dreams, self._row, self._owner = dreams, row, owner
+        self._batch, self._row, self._owner = dreams, row, owner
         self._rows: Rows | None = None if dreams.batch == 1 else np.array([row])
-        self.observation_space, self.action_space = dreams.doors.observation_space, dreams.doors.action_space
+        self.observation_space, self.action_space = dreams.adapter.observation_space, dreams.adapter.action_space
         self._check = ActionCheck(self.action_space)
 
     @property
     def model(self) -> Dynamics:
-        return self._dreams.model
+        return self._batch.model
 
     @property
     def chunk(self) -> int:
-        return self._dreams.chunk
+        return self._batch.chunk
 
     @property
     def max_episode_steps(self) -> int | None:
-        return self._dreams.limit
+        return self._batch.limit
 
     @property
     def state(self) -> Any:
         """What the dream remembers, an immutable snapshot of one row: planners may start from it. None before reset."""
-        state = self._dreams.state
+        state = self._batch.state
         return state if state is None or self._rows is None else state.select(torch.from_numpy(self._rows))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -118,9 +118,9 @@ class DreamEnv(gym.Env[Any, Any]):
         Same seed, same dream. Raises ValueError for options that are unknown, misshapen, not finite or out of the
         observation space, or missing where the model keeps no starts.
         """
-        dreams = self._dreams
+        dreams = self._batch
         dreams.expect_open()
-        context = dreams.doors.context(options or {}, ())
+        context = dreams.adapter.context(options or {}, ())
         super().reset(seed=seed)
         dreams.reset(self._rows, [seed], context)
         return self._shown(), {}
@@ -138,8 +138,8 @@ class DreamEnv(gym.Env[Any, Any]):
         Raises TypeError for actions that aren't numbers and ValueError for a wrong shape, a NaN or one out of range;
         the dream is then as it was and can go on. Raises ResetNeeded before ``reset`` and after the end.
         """
-        dreams = self._dreams
-        actions = dreams.doors.actions(self._check(action), 1, dreams.device)
+        dreams = self._batch
+        actions = dreams.adapter.actions(self._check(action), 1, dreams.device)
         with torch.set_grad_enabled(False):
             step = dreams.step(actions, self._rows)
         (obs, reward), (terminated, truncated, lost) = step.arrays(), step.ends
@@ -152,17 +152,17 @@ class DreamEnv(gym.Env[Any, Any]):
         }
         if not step.counts_whole and lost[0]:
             info["non_finite"] = True
-        if step.believed is not None:
-            bound, steps = float(step.believed.bound[0]), int(step.believed.steps[0])
+        if step.error_bound is not None:
+            bound, steps = float(step.error_bound.bound[0]), int(step.error_bound.steps[0])
             info["trust"] = {"error_bound": bound, "confidence": dreams.confidence, "steps": steps}
-        return dreams.doors.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return dreams.adapter.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def snapshot(self) -> bytes:
         """All that the dream's future depends on but for the weights, whose fingerprint it carries.
 
         Raises ResetNeeded before the first ``reset``.
         """
-        return self._dreams.snapshot(self._rows)
+        return self._batch.snapshot(self._rows)
 
     def restore(self, snapshot: bytes) -> Any:
         """Go on from a ``snapshot`` of one dream, of this env or another, here or in another process -> observation.
@@ -172,7 +172,7 @@ class DreamEnv(gym.Env[Any, Any]):
         Raises ValueError where it is damaged, cut short, of several dreams or of another model; the dream is then as
         it was.
         """
-        self._dreams.restore(snapshot, self._rows)
+        self._batch.restore(snapshot, self._rows)
         return self._shown()
 
     def fork(self, n: int) -> DreamVectorEnv:
@@ -183,8 +183,8 @@ class DreamEnv(gym.Env[Any, Any]):
         """
         from kairos_gym.dream.vector_env import DreamVectorEnv
 
-        mode = "NextStep" if self._dreams.has_starts else "Disabled"
-        return DreamVectorEnv.of(self._dreams.fork(n, self._rows), self.render_mode, mode)
+        mode = "NextStep" if self._batch.has_starts else "Disabled"
+        return DreamVectorEnv.of(self._batch.fork(n, self._rows), self.render_mode, mode)
 
     def render(self) -> NDArray[np.uint8]:
         """The present observation, as the real simulator draws the state that shows it -> [height,width,3] uint8.
@@ -194,13 +194,13 @@ class DreamEnv(gym.Env[Any, Any]):
         """
         if self.render_mode is None:
             raise ValueError("this dream was made without a render_mode: make it with render_mode='rgb_array'")
-        return self._dreams.draw(self._row)
+        return self._batch.render_observation(self._row)
 
     def close(self) -> None:
         """Forget the dream; may be called twice. A view forgets nothing: its row belongs to the DreamVectorEnv."""
         if self._owner is None:
-            self._dreams.close()
+            self._batch.close()
 
     def _shown(self) -> Any:
-        obs, known = self._dreams.present()
-        return self._dreams.doors.shown(to_numpy(obs[self._row])) if known[self._row] else None
+        obs, known = self._batch.present()
+        return self._batch.adapter.shown(to_numpy(obs[self._row])) if known[self._row] else None

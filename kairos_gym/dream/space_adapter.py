@@ -15,7 +15,7 @@ from world_model.contract import Spec
 from world_model.spaces import chunked, flatten, unflatten
 
 
-class Doors:
+class SpaceAdapter:
     """For envs of ``spec`` whose step takes ``chunk`` actions."""
 
     def __init__(self, spec: Spec, chunk: int):

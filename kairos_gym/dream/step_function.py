@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-JudgeFn = Callable[[Any, Any, Any], Any]
+StepFn = Callable[[Any, Any, Any], Any]
 """``(obs, action, next_obs) -> [N]`` for N simulator steps at once; a reward each, or whether the episode ends there.
 
 obs and next_obs are elements of the observation space, stacked [N,...], within its bounds; action those of the
@@ -16,10 +16,10 @@ simulator's single action space.
 """
 
 
-class Judge:
+class StepFunction:
     """Asks a user's function in torch and, where that fails at the first time, in numpy from then on."""
 
-    def __init__(self, name: str, function: JudgeFn):
+    def __init__(self, name: str, function: StepFn):
         if not callable(function):
             raise TypeError(f"{name} must be a function (obs, action, next_obs) -> [N], got {function!r}")
         self.name, self.function = name, function

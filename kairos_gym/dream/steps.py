@@ -13,7 +13,7 @@ from kairos_gym.dream.step_function import to_numpy
 from world_model.contract import Imagined
 
 
-class Inner(NamedTuple):
+class InnerSteps(NamedTuple):
     """``Imagined`` in numpy. Read-only, for its memory is shared: the dreams keep it, and so may the model."""
 
     obs: Any  # [R,K,O] or None
@@ -21,8 +21,8 @@ class Inner(NamedTuple):
     terminated: NDArray[np.bool_]  # [R,K]
 
     @classmethod
-    def of(cls, imagined: Imagined) -> Inner:
-        obs, reward, ends = imagined
+    def of(cls, imagined: Imagined) -> InnerSteps:
+        obs, reward, ends = imagined.obs, imagined.reward, imagined.terminated
         arrays = cls(None if obs is None else obs.numpy(force=True), reward.numpy(force=True), ends.numpy(force=True))
         for array in arrays:
             if array is not None:
@@ -30,7 +30,7 @@ class Inner(NamedTuple):
         return arrays
 
 
-def is_plain(imagined: Imagined, inner: Inner | None) -> bool:
+def is_uneventful(imagined: Imagined, inner: InnerSteps | None) -> bool:
     """Whether nothing ends and all is finite, told fast; numbers whose squares are infinite need a closer look.
 
     inner: ``imagined`` in numpy where that costs no copy, which is faster on little.
@@ -43,7 +43,7 @@ def is_plain(imagined: Imagined, inner: Inner | None) -> bool:
     return math.isfinite(norm) and not np.count_nonzero(ends)
 
 
-class Ends(NamedTuple):
+class StepEnds(NamedTuple):
     """How a step ended."""
 
     terminated: NDArray[np.bool_]  # [R]
@@ -51,7 +51,7 @@ class Ends(NamedTuple):
     lost: NDArray[np.bool_]  # [R] not finite any more
 
 
-class Believed(NamedTuple):
+class ErrorBound(NamedTuple):
     """How wrong each dream may be after a step."""
 
     bound: NDArray[np.float64]  # [R] that the error won't pass, with the env's confidence
@@ -64,25 +64,25 @@ class Step:
     ``imagined`` holds all K inner steps, as the model said them, and so does ``inner``, in numpy.
     """
 
-    __slots__ = ("_inner", "_obs", "_reward", "believed", "ends", "imagined")
+    __slots__ = ("_inner", "_obs", "_reward", "ends", "error_bound", "imagined")
 
     def __init__(
         self,
         imagined: Imagined,
-        ends: Ends,
-        inner: Inner | None = None,
+        ends: StepEnds,
+        inner: InnerSteps | None = None,
         obs: Tensor | None = None,
         reward: Tensor | None = None,
-        believed: Believed | None = None,
+        error_bound: ErrorBound | None = None,
     ):
         """Without ``obs`` [R,O] and ``reward`` [R] all inner steps count. believed: None where nobody asked."""
-        self.imagined, self.ends, self._inner, self.believed = imagined, ends, inner, believed
+        self.imagined, self.ends, self._inner, self.error_bound = imagined, ends, inner, error_bound
         self._obs, self._reward = obs, reward
 
     @property
-    def inner(self) -> Inner:
+    def inner(self) -> InnerSteps:
         if self._inner is None:
-            self._inner = Inner.of(self.imagined)
+            self._inner = InnerSteps.of(self.imagined)
         return self._inner
 
     @property

@@ -14,10 +14,10 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kairos_gym.dream.batch import Dreams, Rows, is_int
+from kairos_gym.dream.batch import DreamBatch, Rows, is_int
 from kairos_gym.dream.env import DreamEnv
-from kairos_gym.dream.step_function import JudgeFn, to_numpy
-from kairos_gym.dream.steps import Believed, Ends, Step
+from kairos_gym.dream.step_function import StepFn, to_numpy
+from kairos_gym.dream.steps import ErrorBound, Step, StepEnds
 from world_model.contract import Dynamics, Imagined
 from world_model.spaces import ActionCheck, unflatten
 
@@ -41,14 +41,14 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         sampled: bool = False,
         flow_steps: int = 1,
         max_episode_steps: int | None = None,
-        reward_fn: JudgeFn | None = None,
-        termination_fn: JudgeFn | None = None,
+        reward_fn: StepFn | None = None,
+        termination_fn: StepFn | None = None,
         max_error: float | None = None,
         confidence: float | None = None,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
     ):
-        dreams = Dreams(
+        dreams = DreamBatch(
             model,
             num_envs,
             chunk=chunk,
@@ -65,7 +65,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     @classmethod
     def of(
         cls,
-        dreams: Dreams,
+        dreams: DreamBatch,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
     ) -> DreamVectorEnv:
@@ -74,8 +74,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         env._hold(dreams, render_mode, autoreset_mode)
         return env
 
-    def _hold(self, dreams: Dreams, render_mode: str | None, autoreset_mode: str | AutoresetMode) -> None:
-        self._dreams, self.num_envs, self.render_mode = dreams, dreams.batch, render_mode
+    def _hold(self, dreams: DreamBatch, render_mode: str | None, autoreset_mode: str | AutoresetMode) -> None:
+        self._batch, self.num_envs, self.render_mode = dreams, dreams.batch, render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.autoreset_mode is not AutoresetMode.DISABLED and not dreams.has_starts:
             raise ValueError(
@@ -83,33 +83,33 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 "autoreset_mode='Disabled' and reset(options={'observation': ..., 'reset_mask': ...})"
             )
         self.metadata = {**dreams.rendering(render_mode), "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = dreams.doors.observation_space
-        self.single_action_space = dreams.doors.action_space
+        self.single_observation_space = dreams.adapter.observation_space
+        self.single_action_space = dreams.adapter.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._check = ActionCheck(self.action_space)
 
     @property
     def model(self) -> Dynamics:
-        return self._dreams.model
+        return self._batch.model
 
     @property
     def chunk(self) -> int:
-        return self._dreams.chunk
+        return self._batch.chunk
 
     @property
     def max_episode_steps(self) -> int | None:
-        return self._dreams.limit
+        return self._batch.limit
 
     @property
     def state(self) -> Any:
         """What the dreams remember, an immutable snapshot [B,...]: planners may start from it. None before reset."""
-        return self._dreams.state
+        return self._batch.state
 
     @property
     def observations(self) -> Any:
         """The present observations [B,...]. None before reset, and after a step with decode=False."""
-        return None if self._dreams.obs is None else self._dreams.doors.shown(to_numpy(self._dreams.obs))
+        return None if self._batch.obs is None else self._batch.adapter.shown(to_numpy(self._batch.obs))
 
     def row(self, b: int) -> DreamEnv:
         """Dream b as a ``DreamEnv``: a view, so what happens to the one happens to the other.
@@ -118,7 +118,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if not is_int(b) or not -self.num_envs <= b < self.num_envs:
             raise IndexError(f"there are {self.num_envs} dreams, 0 to {self.num_envs - 1}; got {b!r}")
-        return DreamEnv.of(self._dreams, int(b) % self.num_envs, self.render_mode, self)
+        return DreamEnv.of(self._batch, int(b) % self.num_envs, self.render_mode, self)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -131,13 +131,13 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises ValueError or TypeError for a wrong seed or option; the dreams are then as they were.
         """
-        dreams, b = self._dreams, self.num_envs
+        dreams, b = self._batch, self.num_envs
         dreams.expect_open()
         if not isinstance(options, dict | None):
             raise TypeError(f"options must be a dict, got {options!r}")
         options = dict(options or {})
         rows = _rows(options.pop("reset_mask"), b) if "reset_mask" in options else None
-        context = dreams.doors.context(options, (b,))
+        context = dreams.adapter.context(options, (b,))
         seeds = _seeds(seed, b)
         if rows is not None:
             where = torch.from_numpy(rows)
@@ -159,8 +159,8 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         "trust" with "error_bound", "confidence" and "steps" [B] where it was asked for; and for each a mask [B] under
         the name with "_" before it.
         """
-        dreams = self._dreams
-        played = dreams.doors.actions(self._check(actions), self.num_envs, dreams.device)
+        dreams = self._batch
+        played = dreams.adapter.actions(self._check(actions), self.num_envs, dreams.device)
         with torch.set_grad_enabled(False):
             went = self._advance(played, True)
         step = went.step
@@ -171,10 +171,10 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             infos |= {"final_obs": np.full(self.num_envs, None), "_final_obs": went.done}
             infos |= {"final_info": tell(went.done), "_final_info": went.done}
             for b in np.flatnonzero(went.done):
-                infos["final_obs"][b] = dreams.doors.shown(obs[b])
+                infos["final_obs"][b] = dreams.adapter.shown(obs[b])
         if went.began:
             obs = to_numpy(dreams.obs)
-        return dreams.doors.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
+        return dreams.adapter.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
 
     def step_torch(self, actions: Tensor, *, decode: bool = True) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
         """``step`` for learners on the model's device: what was imagined stays there.
@@ -192,14 +192,14 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         don't.
         Raises TypeError for what is no tensor, ValueError for actions of another shape or dtype or out of range.
         """
-        dreams = self._dreams
+        dreams = self._batch
         box = self.model.spec.action_box
         shape = (self.num_envs, *([] if self.chunk == 1 else [self.chunk]), *box.shape)
         if not isinstance(actions, Tensor):
             raise TypeError(f"step_torch takes a tensor, got {type(actions).__name__}; step takes the others")
         if actions.shape != shape or actions.dtype != torch.float32:
             raise ValueError(f"actions must be float32 {list(shape)}, got {actions.dtype} {list(actions.shape)}")
-        if not dreams.doors.allow(actions):
+        if not dreams.adapter.allow(actions):
             raise ValueError(f"actions must be finite and within {box}; clip or rescale them before the step")
         with torch.set_grad_enabled(torch.is_grad_enabled() and actions.requires_grad):
             went = self._advance(actions.view(self.num_envs, self.chunk, -1), decode)
@@ -210,19 +210,19 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 infos["final_obs"] = None if step.obs is None else self._structured(step.obs)
             if not step.counts_whole and step.ends.lost.any():
                 infos["non_finite"] = torch.from_numpy(step.ends.lost).to(reward.device)
-            if step.believed is not None:
-                infos["error_bound"] = torch.from_numpy(step.believed.bound).to(reward.device, reward.dtype)
+            if step.error_bound is not None:
+                infos["error_bound"] = torch.from_numpy(step.error_bound.bound).to(reward.device, reward.dtype)
             obs = self._structured(dreams.obs) if decode and dreams.obs is not None else None
         terminated, truncated = (torch.from_numpy(x.copy()).to(reward.device) for x in step.ends[:2])
         return obs, reward, terminated, truncated, infos
 
     def detach(self) -> None:
         """Cut the gradient that led here, between the stretches that a learner sends it back through."""
-        self._dreams.detach()
+        self._batch.detach()
 
     def snapshot(self, rows: Sequence[int] | None = None) -> bytes:
         """All that the future of these dreams, or of some rows, depends on but for the weights; see ``DreamEnv``."""
-        return self._dreams.snapshot(self._numbers(rows))
+        return self._batch.snapshot(self._numbers(rows))
 
     def restore(self, snapshot: bytes, rows: Sequence[int] | None = None) -> Any:
         """Go on from a ``snapshot`` in all dreams, or in as many rows as it holds -> observations [B,...].
@@ -230,7 +230,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         The observations are None where some are not known: not decoded, or not begun. Raises what ``DreamEnv.restore``
         does.
         """
-        self._dreams.restore(snapshot, self._numbers(rows))
+        self._batch.restore(snapshot, self._numbers(rows))
         return self.observations
 
     def fork(self, n: int, rows: Sequence[int] | None = None) -> DreamVectorEnv:
@@ -239,20 +239,20 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         Copies keep the seed of what they are copies of: with equal actions they dream the same, also in their next
         episodes; ``reset(seed=...)`` sets them apart.
         """
-        return DreamVectorEnv.of(self._dreams.fork(n, self._numbers(rows)), self.render_mode, self.autoreset_mode)
+        return DreamVectorEnv.of(self._batch.fork(n, self._numbers(rows)), self.render_mode, self.autoreset_mode)
 
     def render(self) -> tuple[NDArray[np.uint8], ...]:
         """A picture of each dream; see ``DreamEnv.render``."""
         if self.render_mode is None:
             raise ValueError("these dreams were made without a render_mode: make them with render_mode='rgb_array'")
-        return tuple(self._dreams.draw(b) for b in range(self.num_envs))
+        return tuple(self._batch.render_observation(b) for b in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
-        self._dreams.close()
+        self._batch.close()
 
     def _advance(self, actions: Tensor, decode: bool) -> _Went:
         """One step of all dreams, and the beginning of new episodes that ``autoreset_mode`` asks for."""
-        dreams = self._dreams
+        dreams = self._batch
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and dreams.any_ended:
             dreams.expect_begun()
             over = dreams.ended.copy()
@@ -261,7 +261,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
                 where = torch.from_numpy(going)
                 step = _spread(dreams.step(actions[where], going, decode=decode), where, self.num_envs)
             else:
-                step = _idle(actions, self.model.spec.observation_box.shape[0], decode, dreams.believes)
+                step = _idle(actions, self.model.spec.observation_box.shape[0], decode, dreams.bounds_error)
             dreams.reset(np.flatnonzero(over))
             return _Went(step, ~over, None, True)
         if self.autoreset_mode is AutoresetMode.SAME_STEP and dreams.any_ended:  # by way of ``row`` or ``restore``
@@ -275,7 +275,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         return _Went(step, dreams.everywhere, done, True)
 
     def _structured(self, obs: Tensor) -> Any:
-        return unflatten(self.model.spec.observation_space, self._dreams.doors.within(obs))
+        return unflatten(self.model.spec.observation_space, self._batch.adapter.within(obs))
 
     def _numbers(self, rows: Sequence[int] | None) -> Rows | None:
         if rows is None:
@@ -296,13 +296,13 @@ class _Went(NamedTuple):
     began: bool  # whether any dream did either
 
 
-def _idle(actions: Tensor, size: int, decode: bool, believes: bool) -> Step:
+def _idle(actions: Tensor, size: int, decode: bool, bounds_error: bool) -> Step:
     """The step of dreams that do nothing but begin again."""
     b, k = actions.shape[:2]
     reward, never = actions.new_zeros(b, k), np.zeros(b, bool)
     imagined = Imagined(actions.new_zeros(b, k, size) if decode else None, reward, reward > 0)
-    nothing = None if not believes else Believed(np.zeros(b), np.zeros(b, np.int64))
-    return Step(imagined, Ends(never, never, never), believed=nothing)
+    nothing = None if not bounds_error else ErrorBound(np.zeros(b), np.zeros(b, np.int64))
+    return Step(imagined, StepEnds(never, never, never), error_bound=nothing)
 
 
 def _spread(step: Step, rows: Tensor, batch: int) -> Step:
@@ -311,10 +311,10 @@ def _spread(step: Step, rows: Tensor, batch: int) -> Step:
     def place(x: Tensor | None) -> Any:
         return None if x is None else x.new_zeros(batch, *x.shape[1:]).index_copy(0, rows.to(x.device), x)
 
-    ends = Ends(*(place(torch.from_numpy(x)).numpy() for x in step.ends))
-    imagined, told = Imagined(*map(place, step.imagined)), step.believed
-    believed = None if told is None else Believed(*(place(torch.from_numpy(x)).numpy() for x in told))
-    return Step(imagined, ends, None, place(step.obs), place(step.reward), believed)
+    ends = StepEnds(*(place(torch.from_numpy(x)).numpy() for x in step.ends))
+    imagined, told = Imagined(*map(place, step.imagined)), step.error_bound
+    error_bound = None if told is None else ErrorBound(*(place(torch.from_numpy(x)).numpy() for x in told))
+    return Step(imagined, ends, None, place(step.obs), place(step.reward), error_bound)
 
 
 def _infos(step: Step, confidence: float, mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -332,8 +332,8 @@ def _infos(step: Step, confidence: float, mask: NDArray[np.bool_]) -> dict[str, 
     if not step.counts_whole and step.ends.lost.any():
         lost = step.ends.lost & mask
         infos |= {"non_finite": lost, "_non_finite": lost}
-    if step.believed is not None:
-        bound, steps = (np.where(mask, x, 0) for x in step.believed)
+    if step.error_bound is not None:
+        bound, steps = (np.where(mask, x, 0) for x in step.error_bound)
         sure = np.where(mask, confidence, 0.0)
         told = {"error_bound": bound, "confidence": sure, "steps": steps}
         infos |= {"trust": told | {f"_{name}": mask for name in told}, "_trust": mask}

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.data.collect import recorded
+from kairos_gym.data.collect import load_dataset
 from kairos_gym.data.training_data import experience
 from kairos_gym.evaluation.open_loop import CONTEXT, Windows, expect_simulator, held_out
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import Dreamed, Trust, fit_trust
+from world_model.trust import ConformalBound, DreamErrors, fit_bound
 
 HORIZON = 64  # steps, the longest dream that is calibrated
 LEAST = 32  # dreams that a calibration asks for
@@ -43,7 +43,7 @@ def calibrate(
     if not names:
         raise ValueError("name one dataset or more to calibrate on")
     for name in names:
-        dataset = recorded(name)
+        dataset = load_dataset(name)
         expect_simulator(world, f"model {str(model)!r}", dataset)
         left_out, total = held_out(world, name), dataset.total_episodes
         fresh = range(0 if left_out is None else max(0, total - left_out), total)
@@ -54,12 +54,12 @@ def calibrate(
     for name, part in zip(names, parts, strict=True):
         if known := int(trained_on.holds(part).sum()):
             raise ValueError(f"{known} episodes of {name} are in the model's training data: record others")
-    trust_in(world, trained_on, parts, names, seed=seed)
+    calibrate_model(world, trained_on, parts, names, seed=seed)
     world.save_pretrained(Path(model) if out is None else out)
     return world
 
 
-def trust_in(
+def calibrate_model(
     world: WorldModel, trained_on: Episodes, parts: Sequence[Episodes], names: Sequence[str], *, seed: int = 0
 ) -> None:
     """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, the datasets ``names``.
@@ -68,19 +68,19 @@ def trust_in(
     Raises ValueError where they give too few dreams.
     """
     episodes = Episodes.join(parts)
-    windows = draw(episodes, seed)
+    windows = draw_calibration_windows(episodes, seed)
     cut = taught(windows, parts)
     if min(cut, len(windows.at) - cut) < LEAST // 2:
         raise ValueError(
             f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
         )
     unit, measured = world.scaling.obs_std, windows.part(slice(cut, None))
-    world.trust = fit_trust(
+    world.trust = fit_bound(
         world.fingerprint(),
         trained_on.steps(),
-        doubted(world, windows.part(slice(cut)), unit),
-        doubted(world, measured, unit),
-        doubted(world, measured, unit, measured.dream(world, chunk=world.spec.chunk)),
+        dream_errors(world, windows.part(slice(cut)), unit),
+        dream_errors(world, measured, unit),
+        dream_errors(world, measured, unit, measured.dream(world, chunk=world.spec.chunk)),
         seed=seed,
     )
     counts = world.trust.counts
@@ -97,7 +97,7 @@ def taught(windows: Windows, parts: Sequence[Episodes]) -> int:
     return int((windows.at < boundary).sum())
 
 
-def draw(episodes: Episodes, seed: int) -> Windows:
+def draw_calibration_windows(episodes: Episodes, seed: int) -> Windows:
     """Stretches that don't overlap, as many as the episodes have room for: 1 to 16 frames seen, up to 64 steps dreamed.
 
     Those of one episode stand together; a short episode gives one that begins anywhere in it.
@@ -116,24 +116,28 @@ def draw(episodes: Episodes, seed: int) -> Windows:
     return Windows(episodes, torch.tensor(at), torch.tensor(seen), HORIZON)
 
 
-def doubted(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> Dreamed:
+def dream_errors(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> DreamErrors:
     """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
     imagined = windows.dream(dynamics) if imagined is None else imagined
     assert imagined.obs is not None
     error = windows.against(imagined, unit).obs_error.square().mean(-1).sqrt()
     start = windows.episodes.obs[windows.at][:, None]
     before = torch.cat([start, imagined.obs[:, :-1]], 1)
-    return Dreamed(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
+    return DreamErrors(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
 
 
 def coverage(
-    dreams: Dreamed, trust: Trust, horizons: Sequence[int] = (1, 8, 32, 64), confidence: float = 0.9, chunk: int = 1
+    dreams: DreamErrors,
+    trust: ConformalBound,
+    horizons: Sequence[int] = (1, 8, 32, 64),
+    confidence: float = 0.9,
+    chunk: int = 1,
 ) -> dict[str, dict[str, float]]:
     """How often the bound held after each of ``horizons`` steps ("coverage"), and how wide it was ("mean", "median").
 
     "error" is the error's own quantile in these dreams: what the best bound would be that knows the steps alone.
     """
-    bound, widths, found = dreams.bound(trust, confidence, chunk), trust.widths(confidence, chunk), {}
+    bound, widths, found = dreams.bound(trust, confidence, chunk), trust.quantile(confidence, chunk), {}
     for h in [h for h in horizons if bool(widths[h - 1].isfinite())]:  # a bound that says nothing holds always
         error, width = dreams.error[:, h - 1], bound[:, h - 1]
         lasts = ~error.isnan()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kairos_gym.data.training_data import Experience, experience
-from kairos_gym.evaluation.calibrate import doubted
-from kairos_gym.evaluation.comparison import MODEL, OFF, SHUFFLED, Comparison, Ends, Speed, off
+from kairos_gym.evaluation.calibrate import dream_errors
+from kairos_gym.evaluation.comparison import MODEL, OFF, SHUFFLED, Comparison, Speed, TerminationCounts, off
 from kairos_gym.evaluation.memory_bounds import MemoryDrift, memory_drift
 from kairos_gym.evaluation.open_loop import CONTEXT, OpenLoop, Windows
 from kairos_gym.evaluation.rollouts import Rollouts, SuccessFn, play_dream, play_real
@@ -118,7 +118,7 @@ def compare(
         _ends(windows, dreamed),
         _speed(world, rollouts),
         getattr(world, "trust", None),
-        doubted(world, windows, std, dreamed),
+        dream_errors(world, windows, std, dreamed),
         _memory(world, windows, dreamed),
         _state_bytes(world, windows),
         data,
@@ -192,7 +192,7 @@ def _chaos(windows: Windows, rollouts: Rollouts, std: Tensor, seed: int) -> dict
     }
 
 
-def _ends(windows: Windows, dreamed: Imagined) -> Ends:
+def _ends(windows: Windows, dreamed: Imagined) -> TerminationCounts:
     _, _, _, real, valid = windows.real
     never = windows.horizon
     ours, theirs = (torch.where(x.any(1), x.int().argmax(1), never) for x in (dreamed.terminated, real))
@@ -200,7 +200,7 @@ def _ends(windows: Windows, dreamed: Imagined) -> Ends:
     ours = torch.where((ours >= lasts) & (theirs == never), never, ours)
     a, b = ours < never, theirs < never
     apart = (ours - theirs)[a & b].abs().float()
-    return Ends(
+    return TerminationCounts(
         int((a & b).sum()),
         int((~a & b).sum()),
         int((a & ~b).sum()),

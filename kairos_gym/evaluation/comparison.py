@@ -19,7 +19,7 @@ from kairos_gym.evaluation.open_loop import OpenLoop, Windows
 from kairos_gym.evaluation.rollouts import Result, Rollouts
 from kairos_gym.report import machine
 from world_model.contract import Imagined
-from world_model.trust import Dreamed, Trust
+from world_model.trust import ConformalBound, DreamErrors
 
 OFF = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # how far off the simulator itself is started, in std of each coordinate
 SHOWN = (1e-3, 1e-2)  # of these, the ones that every table shows
@@ -28,7 +28,7 @@ SHUFFLED = "the model, actions shuffled"
 
 
 @dataclass(frozen=True)
-class Ends:
+class TerminationCounts:
     """Episodes' ends in the W open-loop stretches, simulated and dreamed."""
 
     both: int
@@ -59,10 +59,10 @@ class Comparison:
     dreamed: Imagined  # [W,h,...] the model's dream of the windows
     errors: dict[str, OpenLoop]  # open loop, by the name of the dynamics; the model is the first
     results: dict[str, Result]  # closed loop, likewise
-    ends: Ends
+    ends: TerminationCounts
     speed: Speed
-    trust: Trust | None  # the model's own, where it was calibrated
-    doubted: Dreamed  # the windows, as ``trust`` sees them
+    trust: ConformalBound | None  # the model's own, where it was calibrated
+    dream_errors: DreamErrors  # the windows, as ``trust`` sees them
     memory: dict[int, MemoryDrift]  # of each gated-delta layer: written from dreamed and from real frames
     state_bytes: dict[int, int]  # what one dream remembers, by the steps that it has made
     experience: Experience | None  # what the references were fitted on
@@ -199,9 +199,9 @@ class Comparison:
         if self.trust is None:
             return None
         h = [t for t in self.horizons if t <= self.trust.horizon]
-        whole = {"all": coverage(self.doubted, self.trust, h, chunk=self.chunk)}
+        whole = {"all": coverage(self.dream_errors, self.trust, h, chunk=self.chunk)}
         return whole | {
-            policy.name: coverage(self.doubted.part(self.of_policy(p)), self.trust, h, chunk=self.chunk)
+            policy.name: coverage(self.dream_errors.part(self.of_policy(p)), self.trust, h, chunk=self.chunk)
             for p, policy in enumerate(self.rollouts.policies)
         }
 

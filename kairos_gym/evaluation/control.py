@@ -22,7 +22,7 @@ Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Played:
+class PlayedEpisodes:
     """E real episodes: what was seen, done and earned. ``observations[e]`` is [T+1,O], ``actions[e]`` [T,A]."""
 
     returns: NDArray[np.float64]  # [E]
@@ -31,7 +31,7 @@ class Played:
     ms_per_decision: float  # of one episode; the episodes decide side by side and share the cost
     evaluations: int = 0  # sequences dreamed for a decision, where it was planned
 
-    def first(self, n: int) -> Played:
+    def first(self, n: int) -> PlayedEpisodes:
         """The first n episodes."""
         return replace(self, returns=self.returns[:n], observations=self.observations[:n], actions=self.actions[:n])
 
@@ -57,7 +57,7 @@ def plan(
     episodes: int = 10,
     seed: int = 0,
     progress: bool = True,
-) -> Played:
+) -> PlayedEpisodes:
     """Play ``episodes`` of the simulator ``env_id``, planning in ``dynamics`` and replanning after every chunk.
 
     dynamics: a ``WorldModel``, or ``envs.SimulatorDynamics(env_id)`` to plan on the truth. Episode e begins as
@@ -98,7 +98,7 @@ def _same(a: Any, b: Any) -> bool:
     return a.shape == b.shape and np.allclose(bounds[0], bounds[1]) and np.allclose(bounds[2], bounds[3])
 
 
-def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> Played:
+def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> PlayedEpisodes:
     """Play actions drawn uniformly within their bounds; episode e draws its own from ``seed + e``."""
     from envs import make_real
 
@@ -113,7 +113,7 @@ def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> Played:
 
 def play(
     env_id: str, act: Act, *, episodes: int, seed: int, progress: bool = False, sims: Sequence[gym.Env] | None = None
-) -> Played:
+) -> PlayedEpisodes:
     """Play ``episodes`` of the simulator side by side, with one ``act`` for all, begun as ``plan`` begins them.
 
     sims: the simulators to play in, one for each episode, for an ``act`` that looks into them; they are closed.
@@ -150,4 +150,4 @@ def play(
     for sim in sims:
         sim.close()
     ms = 1000 * thinking / decisions / episodes
-    return Played(returns, [np.stack(frames) for frames in seen], [np.stack(row) for row in played], ms)
+    return PlayedEpisodes(returns, [np.stack(frames) for frames in seen], [np.stack(row) for row in played], ms)

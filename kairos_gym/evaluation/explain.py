@@ -71,7 +71,7 @@ def explain(
     return Explained(mpc.plan, now.astype(np.float32), real.astype(np.float32))
 
 
-def draw(explained: Explained, dims: Sequence[int] | None = None) -> Figure:
+def draw_decision(explained: Explained, dims: Sequence[int] | None = None) -> Figure:
     """The fan of futures over time in some dimensions of the observation, and what each was imagined to earn.
 
     dims: those to draw; None takes up to three in which the futures differ most.

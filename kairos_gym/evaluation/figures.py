@@ -112,7 +112,7 @@ def _returns(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_trust(comparison: Comparison) -> Figure:
-    trust, dreams = comparison.trust, comparison.doubted
+    trust, dreams = comparison.trust, comparison.dream_errors
     assert trust is not None
     h = min(comparison.windows.horizon, trust.horizon)
     error, bound = dreams.error[:, h - 1], dreams.bound(trust, 0.9, comparison.chunk)[:, h - 1]

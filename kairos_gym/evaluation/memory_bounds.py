@@ -92,7 +92,7 @@ def memory_drift(
             f"{tuple(real.shape)}, {tuple(dreamed.shape)} and {tuple(actions.shape)}"
         )
     blocks = list(model.trunk.blocks)
-    layers = [i for i, block in enumerate(blocks) if block.letter == "G"]
+    layers = [i for i, block in enumerate(blocks) if block.kind == "G"]
     if not layers:
         raise ValueError(f"no layer of {model.config.pattern!r} is a gated delta rule (G)")
     scaling, tokens, one = model.scaling, model.tokens, Layout(1)

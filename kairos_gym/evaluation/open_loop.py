@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kairos_gym.data.collect import recorded, simulator_of
+from kairos_gym.data.collect import load_dataset, simulator_of
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
@@ -69,7 +69,7 @@ class Windows:
         for piece in (self.real[1] if actions is None else actions).split(chunk, 1):
             state, imagined = dynamics.imagine(state, piece, **imagine)
             parts.append(imagined)
-        obs, reward, ends = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        obs, reward, ends = (torch.cat(part, 1) for part in zip(*(p[:3] for p in parts), strict=True))
         over = ends.cumsum(1).cumsum(1) > 1
         last = torch.where(over, ends.int().argmax(1, keepdim=True), torch.arange(self.horizon))
         held = obs.gather(1, last[..., None].expand_as(obs))
@@ -168,7 +168,7 @@ def score(
     """
     _check(horizon, context, chunk, 1 if trajectories is None else trajectories)
     world = model if isinstance(model, WorldModel) else load(model)
-    dataset = recorded(dataset_id)
+    dataset = load_dataset(dataset_id)
     expect_simulator(world, "the model" if isinstance(model, WorldModel) else f"model {str(model)!r}", dataset)
     left_out, total = held_out(world, dataset_id), dataset.total_episodes
     fresh = range(0 if left_out is None else max(0, total - left_out), total)

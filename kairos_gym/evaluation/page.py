@@ -40,8 +40,8 @@ def write(comparison: Comparison, folder: str | Path, command: str) -> Path:
     numbers = comparison.numbers()
     (folder / "comparison.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     comparison.log(folder / "logs")
-    for draw in (draw_summary, draw_error, draw_dimensions, draw_drift, draw_returns):
-        draw(comparison).savefig(folder / f"{draw.__name__.removeprefix('draw_')}.svg", metadata={"Date": None})
+    for figure in (draw_summary, draw_error, draw_dimensions, draw_drift, draw_returns):
+        figure(comparison).savefig(folder / f"{figure.__name__.removeprefix('draw_')}.svg", metadata={"Date": None})
     return page(comparison, numbers, command).write(folder / "index.html")
 
 
@@ -336,7 +336,7 @@ def film(comparison: Comparison, chosen: list[int]) -> list[Image.Image]:
 
     Raises whatever the simulator does where it can't draw here.
     """
-    from envs import draw, make_real
+    from envs import make_real, render_observation
 
     artist = make_real(comparison.rollouts.env_id, render_mode="rgb_array")
     try:
@@ -351,7 +351,7 @@ def film(comparison: Comparison, chosen: list[int]) -> list[Image.Image]:
             for w in chosen:
                 at = min(t, int(valid[w].sum()) - 1)
                 pair = [
-                    _small(draw(artist, unflatten(space, _bounded(space, obs[w, at].double().numpy()))))
+                    _small(render_observation(artist, unflatten(space, _bounded(space, obs[w, at].double().numpy()))))
                     for obs in (real, dreamed)
                 ]
                 columns.append(np.concatenate([pair[0], np.full_like(pair[0][:3], 255), pair[1]]))

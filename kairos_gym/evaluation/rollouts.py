@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from kairos_gym.data.actors import says_success
-from kairos_gym.dream.space_adapter import Doors
+from kairos_gym.data.actors import success_of
+from kairos_gym.dream.space_adapter import SpaceAdapter
 from kairos_gym.dream.step_function import to_numpy
-from kairos_gym.policies.ladder import Policy, alone
+from kairos_gym.policies.ladder import Policy, batch_of_one
 from world_model.contract import Dynamics
 from world_model.episodes import Episodes, spec_of
 from world_model.spaces import flatten
@@ -90,8 +90,8 @@ def play_real(
         raise ValueError(f"{env_id} has no time limit, so an episode might never end: say how many steps one lasts")
     steps = max(limit, at_least)
     sims = [make_real(env_id, max_episode_steps=steps) for _ in range(episodes)]
-    doors = Doors(spec_of(sims[0], 1), 1)
-    space, actions_of = sims[0].observation_space, doors.spec.action_space
+    adapter = SpaceAdapter(spec_of(sims[0], 1), 1)
+    space, actions_of = sims[0].observation_space, adapter.spec.action_space
     seeds, refused = _unsolved(sims[0], episodes, seed, success_fn)
     parts: list[Any] = []
     states: list[Array | None] = []
@@ -109,7 +109,7 @@ def play_real(
         solving = [[False] for _ in sims]
         going = np.ones(episodes, bool)
         for t in range(steps):
-            chosen = policy.act(doors.shown(np.stack([frames[-1] for frames in seen])), t, seeds)
+            chosen = policy.act(adapter.shown(np.stack([frames[-1] for frames in seen])), t, seeds)
             for e in np.flatnonzero(going):
                 obs, reward, terminated, truncated, info = sims[e].step(chosen[e])
                 seen[e].append(_flat(space, obs))
@@ -118,10 +118,10 @@ def play_real(
                 earned[e].append(float(reward))
                 over[e].append(bool(terminated))
                 going[e] = not (terminated or truncated)
-                solved = says_success(info)
+                solved = success_of(info)
                 defined |= solved is not None
                 if success_fn is not None:
-                    solved = bool(_ask(success_fn, doors.shown(seen[e][-1][None]))[0])
+                    solved = bool(_ask(success_fn, adapter.shown(seen[e][-1][None]))[0])
                 solving[e].append(bool(solved))
                 if t < limit:
                     total[p, e] += float(reward)
@@ -154,7 +154,7 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
     shape = (len(policies), len(seeds))
     first, one = rollouts.starts.flatten(), torch.ones(rollouts.starts.numel(), dtype=torch.int64)
     state = Windows(rollouts.episodes, first, one, 1, rollouts.states).begin(dynamics)
-    doors = Doors(dynamics.spec, 1)
+    adapter = SpaceAdapter(dynamics.spec, 1)
     device = torch.device("cpu")
     rows, obs = np.arange(len(first)), rollouts.episodes.obs[first].numpy()
     total, last = np.zeros(len(rows)), np.full(len(rows), float(rollouts.limit))
@@ -162,11 +162,11 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
     ended, lost = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
     for t in range(rollouts.limit):
         whose, start = np.divmod(rows, len(seeds))
-        shown = doors.shown(obs)
+        shown = adapter.shown(obs)
         chosen = np.concatenate(
             [policies[p].act(_rows(shown, whose == p), t, seeds[start[whose == p]]) for p in np.unique(whose)]
         )
-        state, imagined = dynamics.imagine(state, doors.actions(chosen, len(rows), device))
+        state, imagined = dynamics.imagine(state, adapter.actions(chosen, len(rows), device))
         assert imagined.obs is not None
         obs, reward, ends = (to_numpy(x[:, 0]) for x in (imagined.obs, imagined.reward, imagined.terminated))
         sound = np.isfinite(obs).all(-1) & np.isfinite(reward)
@@ -174,7 +174,7 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
         lost[rows[~sound]] = True
         ended[rows[sound & ends]] = True
         if success_fn is not None and sound.any():
-            solved = rows[sound][_ask(success_fn, doors.shown(obs[sound]))]
+            solved = rows[sound][_ask(success_fn, adapter.shown(obs[sound]))]
             success[solved] = np.minimum(success[solved], t + 1)
         going = sound & ~ends
         last[rows[~going]] = t + 1
@@ -197,8 +197,8 @@ def _unsolved(sim: Any, episodes: int, seed: int, success_fn: SuccessFn | None) 
                 "measures nothing; ask more of success_fn"
             )
         obs, info = sim.reset(seed=seed + tried)
-        shown = alone(obs)
-        solved = bool(says_success(info)) or (success_fn is not None and bool(_ask(success_fn, shown)[0]))
+        shown = batch_of_one(obs)
+        solved = bool(success_of(info)) or (success_fn is not None and bool(_ask(success_fn, shown)[0]))
         if not solved:
             fresh.append(seed + tried)
         tried += 1

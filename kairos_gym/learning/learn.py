@@ -12,8 +12,8 @@ from tqdm import tqdm
 from kairos_gym.dream.vector_env import DreamVectorEnv
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Spec
-from world_model.dynamics.draft_dynamics import Drafted
-from world_model.episodes import Episodes, Starts
+from world_model.dynamics.draft_dynamics import DraftDynamics
+from world_model.episodes import Episodes, StartStates
 from world_model.spaces import alike
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kairos_gym.policies.sb3 import Algorithm
     from kairos_gym.policies.shac import ActorCritic
 
-JUDGES = 10  # episodes that say what a policy earns
+EVAL_EPISODES = 10  # episodes that say what a policy earns
 STEPS = {"shac": 2_000_000}  # of single dreams, which cost SHAC a tenth of what they cost the others
 
 
@@ -53,7 +53,7 @@ def learn(
     steps: of single dreams in all, 100,000 (for shac 2,000,000) where None; ``dreams`` go on side by side, in whole
         episodes from the model's starts.
     max_error: cuts dreams short where they may be wrong by more, ``penalty`` makes steps far from the training data
-        cost (see ``planners.Cautious``): two guards against a policy that lives on the model's mistakes. Neither goes
+        cost (see ``planners.Pessimistic``): two guards against a policy that lives on the model's mistakes. Neither goes
         with shac.
     reward_fn: as a dream env takes it, in place of the learned reward; for real the simulator's own counts.
 
@@ -65,7 +65,7 @@ def learn(
     """
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
     from kairos_gym.policies.sb3 import learn
-    from planners import Cautious
+    from world_model.dynamics import Pessimistic
 
     steps = STEPS.get(algorithm, 100_000) if steps is None else steps
     if steps < 20 * dreams:
@@ -74,7 +74,7 @@ def learn(
     env_id = env_id or (getattr(world, "card", None) or {}).get("env")
     if env_id is None:
         raise ValueError("the model's card names no simulator: say which one judges (env_id, --env)")
-    real, limit = judges(env_id)
+    real, limit = make_eval_envs(env_id)
     for what, ours, theirs in (
         ("observations", real.observation_space, world.spec.observation_space),
         ("actions", real.action_space, world.spec.action_space),
@@ -83,7 +83,7 @@ def learn(
             raise ValueError(f"{env_id} has {what} {ours}, the model {theirs}: another simulator has to judge")
         if algorithm != "ppo" and (not isinstance(ours, spaces.Box) or len(ours.shape) != 1):
             raise ValueError(f"{algorithm} learns with {what} that are a Box [N], got {ours}: ppo may do")
-    judging = DreamVecEnv(world, JUDGES, max_episode_steps=limit, reward_fn=reward_fn)
+    eval_dream = DreamVecEnv(world, EVAL_EPISODES, max_episode_steps=limit, reward_fn=reward_fn)
     about = {
         "simulator": env_id,
         "model": world.fingerprint() if hasattr(world, "fingerprint") else type(world).__qualname__,
@@ -96,10 +96,12 @@ def learn(
         if penalty or max_error is not None:
             raise ValueError("max_error and penalty pass no gradient on: choose one of the algorithms that sample")
         # The memory would cost seven times as much again, and where gradients help it adds little.
-        drafted = Drafted(world) if getattr(world, "draft", None) is not None else world
-        env = DreamVectorEnv(drafted, dreams, reward_fn=reward_fn, autoreset_mode="SameStep")
-        return _climb(env, real, judging, out, steps=steps, seed=seed, about=about, progress=progress, **settings)
-    guarded = Cautious(world, penalty) if penalty else world
+        draft_dynamics = DraftDynamics(world) if getattr(world, "draft", None) is not None else world
+        env = DreamVectorEnv(draft_dynamics, dreams, reward_fn=reward_fn, autoreset_mode="SameStep")
+        return _learn_shac(
+            env, real, eval_dream, out, steps=steps, seed=seed, about=about, progress=progress, **settings
+        )
+    guarded = Pessimistic(world, penalty) if penalty else world
     venv = DreamVecEnv(guarded, dreams, max_error=max_error, reward_fn=reward_fn)
     venv.seed(seed)
     return learn(
@@ -109,7 +111,7 @@ def learn(
         out,
         steps=steps,
         every=max(1, steps // 10),
-        dream=judging,
+        dream=eval_dream,
         seed=seed,
         about=about,
         progress=progress,
@@ -117,7 +119,7 @@ def learn(
     )
 
 
-def _climb(
+def _learn_shac(
     env: DreamVectorEnv,
     real: VecEnv,
     dream: VecEnv,
@@ -130,26 +132,26 @@ def _climb(
     **settings: Any,
 ) -> ActorCritic:
     """``kairos_gym.policies.sb3.learn`` for SHAC."""
-    from kairos_gym.policies.sb3 import Record, judge, told
+    from kairos_gym.policies.sb3 import Record, evaluate, serialise_settings
     from kairos_gym.policies.shac import ActorCritic, ShacConfig
 
-    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **told(settings)})
+    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **serialise_settings(settings)})
     if record.rows:
         agent = ActorCritic.load(record.last)
     else:
-        agent = ActorCritic.of(env.model.spec, seed=seed, config=ShacConfig(**settings))
-    agent.begin(env, seed + agent.num_timesteps)
+        agent = ActorCritic.from_spec(env.model.spec, seed=seed, config=ShacConfig(**settings))
+    agent.start(env, seed + agent.num_timesteps)
     with tqdm(total=steps, initial=agent.num_timesteps, unit="step", disable=not progress) as bar:
         while agent.num_timesteps < steps:
             until = min(steps, agent.num_timesteps + max(1, steps // 10))
             while agent.num_timesteps < until:
-                agent.stretch()
+                agent.rollout()
                 bar.update(agent.num_timesteps - bar.n)
-            record.add(agent, agent.num_timesteps, judge(agent, real, dream))
+            record.add(agent, agent.num_timesteps, evaluate(agent, real, dream))
     return agent
 
 
-def judges(env_id: str) -> tuple[VecEnv, int]:
+def make_eval_envs(env_id: str) -> tuple[VecEnv, int]:
     """As many real simulators as judge a policy, and the steps that their episodes may have.
 
     Raises ValueError where there is no such limit.
@@ -158,17 +160,17 @@ def judges(env_id: str) -> tuple[VecEnv, int]:
 
     from envs import make_real
 
-    made = [make_real(env_id) for _ in range(JUDGES)]
+    made = [make_real(env_id) for _ in range(EVAL_EPISODES)]
     spec = made[0].spec
     if spec is None or spec.max_episode_steps is None:
         raise ValueError(f"{env_id} has no time limit, so an episode might never end")
     return DummyVecEnv([lambda env=env: env for env in made]), spec.max_episode_steps  # type: ignore[misc]
 
 
-def started(episodes: Episodes) -> Starts:
+def start_states(episodes: Episodes) -> StartStates:
     """Dreams that begin at every real state from which an episode went on."""
     at = (episodes.left > 0).nonzero()[:, 0]
-    return Starts(episodes.obs[at][:, None], episodes.action[at][:, None])
+    return StartStates(episodes.obs[at][:, None], episodes.action[at][:, None])
 
 
 def replay(episodes: Episodes, spec: Spec, policy: Any, reward: Tensor | None = None) -> ReplayBuffer:

@@ -17,17 +17,17 @@ from gymnasium import spaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
-from kairos_gym.data.collect import collect, recorded
-from kairos_gym.evaluation.calibrate import LEAST, doubted
+from kairos_gym.data.collect import collect, load_dataset
+from kairos_gym.evaluation.calibrate import LEAST, dream_errors
 from kairos_gym.evaluation.open_loop import Windows
-from kairos_gym.learning.learn import JUDGES, judges, replay, started
+from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, replay, start_states
 from kairos_gym.learning.loop_config import LoopConfig
 from world_model.contract import Spec
 from world_model.episodes import Episodes, spec_of
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
 from world_model.training.fit import FitConfig, fit
-from world_model.trust import Trust, fit_trust
+from world_model.trust import ConformalBound, fit_bound
 
 if TYPE_CHECKING:
     from kairos_gym.policies.sb3 import Record
@@ -69,7 +69,7 @@ def loop(
 class Measured(NamedTuple):
     """What a round's new episodes said of a model that had not seen them."""
 
-    trust: Trust
+    trust: ConformalBound
     length: float  # mean of the steps that dreams of these episodes can be trusted for
     errors: dict[str, float]  # the 90% quantile of their errors
 
@@ -79,21 +79,21 @@ class Loop:
 
     def __init__(self, env_id: str, out: Path, config: LoopConfig, settings: dict[str, Any]):
         from envs import make_real
-        from kairos_gym.policies.sb3 import Record, told
+        from kairos_gym.policies.sb3 import Record, serialise_settings
 
         self.env_id, self.out, self.config, self.settings = env_id, out, config, settings
         env = make_real(env_id)
         self.spec = _expect(env)
         env.close()
         own = {name: value for name, value in asdict(config).items() if name not in ("samples", "target")}
-        self.record: Record = Record(out, {"simulator": env_id, **own, **told(settings)})
-        self.real, self.limit = judges(env_id)
+        self.record: Record = Record(out, {"simulator": env_id, **own, **serialise_settings(settings)})
+        self.real, self.limit = make_eval_envs(env_id)
         self.episodes: Episodes | None = None
         self.world: WorldModel | None = None
         self.policy: Any = None  # SB3's SAC, from the first round on
         for number, row in enumerate(self.record.rows):
             with _minari_in(out / "data"):
-                self._add(_cut(Episodes.from_minari(recorded(_data(number))), row["steps"] - self.used))
+                self._add(_cut(Episodes.from_minari(load_dataset(_data(number))), row["steps"] - self.used))
         if self.record.rows:
             self.world = WorldModel.from_pretrained(self._world_at(len(self.record.rows) - 1))
             self.policy = self.record.load("sac")
@@ -113,7 +113,7 @@ class Loop:
     def round(self) -> dict[str, Any]:
         """Play, test the model on what is new, train it, train the policy, judge."""
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-        from kairos_gym.policies.sb3 import judge
+        from kairos_gym.policies.sb3 import evaluate
 
         number, clock = len(self.record.rows), Clock()
         if self.policy is not None:
@@ -128,11 +128,11 @@ class Loop:
         share, updates = self._schedule(tested)
         self._learn(share, round(updates * int((fresh.index > 0).sum())), number)
         clock.tick("policy")
-        dream = DreamVecEnv(self.world, JUDGES, max_episode_steps=self.limit)
-        judged = judge(self.policy, self.real, dream)
-        told = {} if tested is None else {"trusted": tested.length, **tested.errors}
-        more = {**told, "real_share": share, "updates": updates, **clock.spent}
-        self.record.add(self.policy, self.used, judged, **more)
+        dream = DreamVecEnv(self.world, EVAL_EPISODES, max_episode_steps=self.limit)
+        evaluation = evaluate(self.policy, self.real, dream)
+        measured = {} if tested is None else {"trusted": tested.length, **tested.errors}
+        more = {**measured, "real_share": share, "updates": updates, **clock.spent}
+        self.record.add(self.policy, self.used, evaluation, **more)
         return self.record.rows[-1]
 
     def _seed(self, number: int) -> int:
@@ -153,7 +153,7 @@ class Loop:
         longest = max(CHUNK, want // FIRST_EPISODES) if first else want
         with _minari_in(self.out / "data"):
             if get_dataset_path(_data(number)).exists():  # of a call that was stopped after it
-                return _cut(Episodes.from_minari(recorded(_data(number))), left)
+                return _cut(Episodes.from_minari(load_dataset(_data(number))), left)
             dataset = collect(
                 self.env_id,
                 _data(number),
@@ -194,9 +194,9 @@ class Loop:
         at = at[:: 2 if len(at) > 2 * LEAST else 1]
         some = torch.randperm(len(at), generator=torch.Generator().manual_seed(self._seed(number)))
         windows = Windows(fresh, at[some], torch.ones(len(at), dtype=torch.int64), config.horizon)
-        dreamed = doubted(model, windows, model.scaling.obs_std)
+        dreamed = dream_errors(model, windows, model.scaling.obs_std)
         teaching, measured = dreamed.part(slice(len(at) // 2)), dreamed.part(slice(len(at) // 2, None))
-        trust = fit_trust(
+        trust = fit_bound(
             model.fingerprint(),
             seen.steps(),
             teaching,
@@ -214,10 +214,10 @@ class Loop:
         episodes, out = self.episodes, self._world_at(number)
         assert episodes is not None
         model = self._fit(episodes, out, number, self.world)
-        model.starts = started(episodes)
+        model.starts = start_states(episodes)
         if tested is not None:
             # The bound is that of the model before, which had not seen the new episodes; what is known is now more.
-            model.trust = tested.trust.moved(model.fingerprint(), episodes.steps(), seed=number)
+            model.trust = tested.trust.transfer(model.fingerprint(), episodes.steps(), seed=number)
         model.save_pretrained(out)
         return model
 
@@ -231,13 +231,13 @@ class Loop:
         """Train the policy in dreams that begin at real states, and on real steps."""
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
         from kairos_gym.policies.sb3 import Mixed, make
-        from planners import Cautious
+        from world_model.dynamics import Pessimistic
 
         config, episodes = self.config, self.episodes
         assert episodes is not None
         model: Any = self.world
         if config.penalty:
-            model = Cautious(model, config.penalty)
+            model = Pessimistic(model, config.penalty)
         confidence = None if config.max_error is None else config.confidence
         venv = DreamVecEnv(
             model,

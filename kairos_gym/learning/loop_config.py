@@ -15,7 +15,7 @@ class LoopConfig:
     max_error: float | None = 0.2  # a dream ends where its error may be larger; None: where it is `horizon` steps long
     confidence: float = 0.9  # with which it isn't
     horizon: int = 32  # steps of a dream at most
-    penalty: float = 0.0  # what steps far from all real ones cost, in the reward's std; see ``planners.Cautious``
+    penalty: float = 0.0  # what steps far from all real ones cost, in the reward's std; see ``planners.Pessimistic``
     updates: int = 20  # of the policy for each real step at most; as many as there are trusted steps, real and dreamed
     dreams: int = 64  # side by side
     draft_steps: int = 3000  # updates of the world model in each round

@@ -14,7 +14,7 @@ from minari import MinariDataset
 from torch import Tensor
 
 from kairos_gym.data.collect import Behaviour, collect
-from kairos_gym.evaluation.calibrate import coverage, doubted, draw, trust_in
+from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
 from kairos_gym.evaluation.open_loop import CONTEXT, open_loop
 from kairos_gym.models import ZOO
 from kairos_gym.report import machine
@@ -143,10 +143,10 @@ def _splits(recipe: Recipe) -> dict[str, tuple[str, int, int, Behaviour]]:
 def _split(
     recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
 ) -> Episodes:
-    return Episodes.from_minari(recorded_as(recipe, split, seed, episodes, behaviour, policy_seed))
+    return Episodes.from_minari(collect_split(recipe, split, seed, episodes, behaviour, policy_seed))
 
 
-def recorded_as(
+def collect_split(
     recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
 ) -> MinariDataset:
     """The dataset "NAME/SPLIT-v0" of a recipe's simulator, recorded where it isn't there yet."""
@@ -165,9 +165,9 @@ def recorded_as(
 def calibration(recipe: Recipe) -> dict[str, list[Episodes]]:
     """The episodes of each set in CALIBRATION, a ladder each; of "unseen" those of the trained policies alone."""
     sets = {name: [_split(recipe, *about) for about in _ladders(recipe, name)] for name in _sets(recipe)}
-    scripted = 4  # of each ladder's ten, the same in all
+    scripted_policies = 4  # of each ladder's ten, the same in all
     if "unseen" in sets:
-        sets["unseen"] = [part.pick(lambda e: e % 10 >= scripted) for part in sets["unseen"]]
+        sets["unseen"] = [part.pick(lambda e: e % 10 >= scripted_policies) for part in sets["unseen"]]
     return sets
 
 
@@ -239,7 +239,7 @@ def calibrate(recipe: Recipe, model: WorldModel, task: Data) -> None:
     """Calibrate a recipe's model in place, and put on its card how often the bound held on fresh episodes."""
     sets, name = calibration(recipe), recipe.name
     used = [f"{name}/{split}-v0" for split, *_ in _ladders(recipe, "calibration")]
-    trust_in(model, task.train, sets.pop("calibration"), used)
+    calibrate_model(model, task.train, sets.pop("calibration"), used)
     assert model.trust is not None
     model.card["trust"] |= {
         "what": "the 90% bound on fresh episodes, of the policies that the widths were measured on (second) and of "
@@ -248,8 +248,8 @@ def calibrate(recipe: Recipe, model: WorldModel, task: Data) -> None:
         "date": date.today().isoformat(),
     }
     for which, parts in sets.items():
-        fresh = draw(Episodes.join(parts), seed=1)
-        model.card["trust"][which] = coverage(doubted(model, fresh, task.std), model.trust)
+        fresh = draw_calibration_windows(Episodes.join(parts), seed=1)
+        model.card["trust"][which] = coverage(dream_errors(model, fresh, task.std), model.trust)
 
 
 def collect_command(recipe: Recipe, split: str, seed: int, episodes: int, behaviour: str, policy_seed: int = 0) -> str:

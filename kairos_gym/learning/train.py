@@ -8,8 +8,8 @@ from typing import Any
 
 import gymnasium as gym
 
-from kairos_gym.data.collect import recorded, simulator_of
-from kairos_gym.evaluation.calibrate import LEAST, trust_in
+from kairos_gym.data.collect import load_dataset, simulator_of
+from kairos_gym.evaluation.calibrate import LEAST, calibrate_model
 from kairos_gym.evaluation.open_loop import CONTEXT, score
 from world_model.contract import Spec
 from world_model.episodes import Episodes
@@ -49,7 +49,7 @@ def train(
     out, recipe = Path(out), FitConfig(seed=seed, draft_steps=draft_steps, steps=steps)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, and {out} is a file: choose another name")
-    dataset = recorded(dataset_id)
+    dataset = load_dataset(dataset_id)
     trained = dataset.total_episodes - held_out
     if held_out < 0 or trained < 1:
         raise ValueError(
@@ -77,7 +77,7 @@ def train(
         model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
     left = range(trained, dataset.total_episodes)
     if len(left) >= LEAST:
-        trust_in(model, episodes, [Episodes.from_minari(dataset, left)], [dataset_id], seed=seed)
+        calibrate_model(model, episodes, [Episodes.from_minari(dataset, left)], [dataset_id], seed=seed)
     model.save_pretrained(out)
     return model
 

@@ -41,7 +41,7 @@ class Clone(nn.Module):
         return self.middle + self.reach * self.layers((obs - self.mean) / self.std)
 
 
-def cloned(spec: Spec, episodes: Episodes, *, updates: int = 6000, seed: int = 0) -> Clone:
+def clone(spec: Spec, episodes: Episodes, *, updates: int = 6000, seed: int = 0) -> Clone:
     """Regress the actions of ``episodes`` on what was seen before them, by the mean squared error -> Clone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

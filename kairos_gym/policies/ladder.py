@@ -42,23 +42,23 @@ class Policy:
 
 
 def ladder(env_id: str, folder: str | Path | None = None, *, seed: int = 0, progress: bool = True) -> list[Policy]:
-    """Ten policies from doing nothing to skilled: ``scripted`` and ``learned`` -> list of Policy.
+    """Ten policies from doing nothing to skilled: ``scripted_policies`` and ``trained_policies`` -> list of Policy.
 
-    Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``skilled`` takes the place of ``learned``.
+    Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``expert_policies`` takes the place of ``trained_policies``.
     """
     from envs import make_real
 
     env = make_real(env_id)
     space = env.action_space
     try:
-        able = skilled(env)
+        able = expert_policies(env)
     except ValueError:  # no expert for this task, or not as it is observed and controlled here
-        able = learned(env_id, folder, seed=seed, progress=progress)
+        able = trained_policies(env_id, folder, seed=seed, progress=progress)
     env.close()
-    return scripted(space) + able
+    return scripted_policies(space) + able
 
 
-def skilled(env: gym.Env) -> list[Policy]:
+def expert_policies(env: gym.Env) -> list[Policy]:
     """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, aiming beside, and letting go.
 
     Raises ValueError where there is none.
@@ -82,13 +82,13 @@ def skilled(env: gym.Env) -> list[Policy]:
     assert isinstance(space, spaces.Box)
     return [
         clean,
-        *(noisy(clean, space, std) for std in (*NOISES, 1.0)),
+        *(with_noise(clean, space, std) for std in (*NOISES, 1.0)),
         Policy("expert, aims beside", expert("offset")),
         Policy("expert, lets go", expert("drop")),
     ]
 
 
-def scripted(space: spaces.Space) -> list[Policy]:
+def scripted_policies(space: spaces.Space) -> list[Policy]:
     """Policies that don't look: still (the middle of the actions), uniform, held (uniform, kept for 8 steps), sine."""
     if isinstance(space, spaces.Discrete):
         first, n = int(space.start), int(space.n)
@@ -122,7 +122,7 @@ def scripted(space: spaces.Space) -> list[Policy]:
     ]
 
 
-def learned(
+def trained_policies(
     env_id: str, folder: str | Path | None = None, *, seed: int = 0, steps: int = STEPS, progress: bool = True
 ) -> list[Policy]:
     """Policies that Stable-Baselines3 trains in the real simulator, with the same settings for every task.
@@ -148,12 +148,12 @@ def learned(
         for file, stage in zip(files, stages, strict=True)
     ]
     if isinstance(env.action_space, spaces.Box):
-        found += [noisy(found[-1], env.action_space, std) for std in NOISES]
+        found += [with_noise(found[-1], env.action_space, std) for std in NOISES]
     env.close()
     return found
 
 
-def noisy(policy: Policy, space: spaces.Box, std: float) -> Policy:
+def with_noise(policy: Policy, space: spaces.Box, std: float) -> Policy:
     """The policy with Gaussian noise on its actions, ``std`` in half ranges, clipped to the space."""
     half, size = (space.high - space.low) / 2, space.low.size
 
@@ -195,15 +195,15 @@ def fingerprint(env_id: str, policies: Sequence[Policy]) -> str:
     digest = hashlib.sha256(version("kairos_gym").encode())
     obs, _ = env.reset(seed=0)
     env.close()
-    shown = alone(obs)
+    shown = batch_of_one(obs)
     for policy in policies:
         digest.update(policy.name.encode() + np.ascontiguousarray(policy.act(shown, 3, np.array([7]))).tobytes())
     return digest.hexdigest()[:16]
 
 
-def alone(obs: Any) -> Any:
+def batch_of_one(obs: Any) -> Any:
     """An observation as a batch of one."""
-    return {key: alone(part) for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+    return {key: batch_of_one(part) for key, part in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
 
 
 def _train(env: Any, algorithm: str, seed: int, stages: list[int], files: list[Path]) -> None:

@@ -38,14 +38,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DREAMS_AN_UPDATE = 8  # steps of single dreams for each gradient update of SAC and TD3
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """What a policy earned from the same E starts, in the simulator and in the dream."""
 
     real: NDArray[np.float64]  # [E]
     imagined: NDArray[np.float64] | None  # [E]; None where nothing was dreamed
 
 
-def judge(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int = 1000) -> Judged:
+def evaluate(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int = 1000) -> Evaluation:
     """One whole episode of ``policy``, without its noise, in each of the E envs of ``real`` -> Judged.
 
     Env e begins with seed + e. A ``dream`` of as many envs, whose ``reset`` takes the option "observation", begins at
@@ -56,10 +56,10 @@ def judge(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int =
     real.seed(seed)
     earned = _returns(policy, real)
     if dream is None:
-        return Judged(earned, None)
+        return Evaluation(earned, None)
     dream.seed(seed)
     dream.set_options([{"observation": start} for start in np.asarray(starts)])
-    return Judged(earned, _returns(policy, dream))
+    return Evaluation(earned, _returns(policy, dream))
 
 
 def _returns(policy: Any, venv: VecEnv) -> NDArray[np.float64]:
@@ -128,21 +128,21 @@ def learn(
 ) -> BaseAlgorithm:
     """Learn for ``steps`` steps in ``venv``, judged in ``real`` each time after ``every`` -> the algorithm at its end.
 
-    dream: as many dreams as ``real`` has envs, to say each time what the policy was imagined to earn (see ``judge``).
+    dream: as many dreams as ``real`` has envs, to say each time what the policy was imagined to earn (see ``evaluate``).
     settings: the algorithm's own, over SETTINGS. The folder ``out`` is that of ``Record``; the same call goes on from
     what was kept there last. about: what else has to be the same then, such as what ``venv`` is made of.
     """
-    record = Record(out, {"algorithm": algorithm, "seed": seed, **told(settings), **(about or {})})
+    record = Record(out, {"algorithm": algorithm, "seed": seed, **serialise_settings(settings), **(about or {})})
     model: Any = record.load(algorithm, venv) if record.rows else make(algorithm, venv, seed=seed, **settings)
-    judging = _Judging(record, real, dream, every)
+    callback = _EvalCallback(record, real, dream, every)
     if model.num_timesteps < steps:
         more = steps - model.num_timesteps
-        model.learn(more, judging, log_interval=None, reset_num_timesteps=False, progress_bar=progress)
-        judging.judge()
+        model.learn(more, callback, log_interval=None, reset_num_timesteps=False, progress_bar=progress)
+        callback.evaluate()
     return model
 
 
-def told(settings: dict[str, Any]) -> dict[str, str]:
+def serialise_settings(settings: dict[str, Any]) -> dict[str, str]:
     """Settings as a ``Record`` can keep and compare them."""
     return {name: getattr(value, "__qualname__", repr(value)) for name, value in settings.items()}
 
@@ -150,7 +150,7 @@ def told(settings: dict[str, Any]) -> dict[str, str]:
 class Record:
     """What is kept of a policy that learns, in a folder: the same in ``learn`` and in the loop.
 
-    "judged.jsonl" has a line for each time that it was judged; "best.zip" is the policy that earned most for real and
+    "evaluations.jsonl" has a line for each time that it was judged; "best.zip" is the policy that earned most for real and
     "last-STEPS.zip" the latest, with what it learns from in "replay-STEPS.pkl"; "logs" are TensorBoard's, with the
     imagined and the real return in one plot. "about.json" says ``about`` what it is.
 
@@ -169,7 +169,7 @@ class Record:
             raise ValueError(
                 f"{out} is of another call, with {'; '.join(other)}: choose another folder, or repeat that call"
             )
-        text = self._judged.read_text() if self._judged.is_file() else ""
+        text = self._evaluations.read_text() if self._evaluations.is_file() else ""
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
 
     @property
@@ -189,8 +189,8 @@ class Record:
         return self.out / "about.json"
 
     @property
-    def _judged(self) -> Path:
-        return self.out / "judged.jsonl"
+    def _evaluations(self) -> Path:
+        return self.out / "evaluations.jsonl"
 
     def load(self, algorithm: Algorithm, venv: VecEnv | None = None) -> Any:
         """The latest policy, with what it learns from, to go on in ``venv``."""
@@ -199,16 +199,16 @@ class Record:
             model.load_replay_buffer(self.replay)
         return model
 
-    def add(self, model: Any, steps: int, judged: Judged, **more: Any) -> None:
+    def add(self, model: Any, steps: int, evaluation: Evaluation, **more: Any) -> None:
         """Keep the policy after so many ``steps``, what it earned, and whatever else is to be known of that time.
 
-        All of it counts only once its line is in "judged.jsonl".
+        All of it counts only once its line is in "evaluations.jsonl".
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        earned = {"real": judged.real.tolist()}
-        if judged.imagined is not None:
-            earned["imagined"] = judged.imagined.tolist()
-        if all(judged.real.mean() > np.mean(row["real"]) for row in self.rows):
+        earned = {"real": evaluation.real.tolist()}
+        if evaluation.imagined is not None:
+            earned["imagined"] = evaluation.imagined.tolist()
+        if all(evaluation.real.mean() > np.mean(row["real"]) for row in self.rows):
             _replace(self.best, model.save)
         stale = [self.last, self.replay] if self.rows else []
         self.rows.append({"steps": steps, **earned, **more})
@@ -217,7 +217,7 @@ class Record:
         _replace(self.last, model.save)
         _replace(self._told, lambda part: part.write_text(json.dumps(self.about, indent=2)))
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        _replace(self._judged, lambda part: part.write_text(lines))
+        _replace(self._evaluations, lambda part: part.write_text(lines))
         for path in stale:
             path.unlink(missing_ok=True)
         with SummaryWriter(str(self.out / "logs")) as log:
@@ -234,7 +234,7 @@ def _replace(path: Path, save: Any) -> None:
     os.replace(part, path)
 
 
-class _Judging(BaseCallback):
+class _EvalCallback(BaseCallback):
     """Judges the policy after every so many steps of its training."""
 
     def __init__(self, record: Record, real: VecEnv, dream: VecEnv | None, every: int):
@@ -243,12 +243,12 @@ class _Judging(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.num_timesteps - self._at() >= self.every:
-            self.judge()
+            self.evaluate()
         return True
 
     def _at(self) -> int:
         return self.record.rows[-1]["steps"] if self.record.rows else 0
 
-    def judge(self) -> None:
+    def evaluate(self) -> None:
         if self._at() < self.num_timesteps:
-            self.record.add(self.model, self.num_timesteps, judge(self.model, self.real, self.dream))
+            self.record.add(self.model, self.num_timesteps, evaluate(self.model, self.real, self.dream))

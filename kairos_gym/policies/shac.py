@@ -23,7 +23,7 @@ class ShacConfig:
 
     horizon: int = 16  # steps that a gradient goes back through
     discount: float = 0.99
-    trace: float = 0.95  # lambda of TD(lambda)
+    td_lambda: float = 0.95  # lambda of TD(lambda)
     width: int = 64  # of the two hidden layers of each net
     lr: float = 2e-3  # of actor and critic
     clip: float = 1.0  # the actor's gradient is made no longer than this
@@ -31,7 +31,7 @@ class ShacConfig:
     entropy: float = 0.01  # what each nat of the policy's entropy earns in each step
     updates: int = 8  # of the critic after each stretch
     batch: int = 256  # of these
-    follow: float = 0.2  # by how much the slow critic follows the other after each stretch
+    tau: float = 0.2  # by how much the slow critic follows the other after each stretch
 
 
 class ActorCritic(nn.Module):
@@ -42,7 +42,7 @@ class ActorCritic(nn.Module):
     next stretch begins where this one ended. ``predict`` is Stable-Baselines3's, so what judges its policies judges
     this one.
 
-    obs_dim: O, of observations [O]; low and high: [A], the bounds of the actions. ``of`` takes them from a ``Spec``.
+    obs_dim: O, of observations [O]; low and high: [A], the bounds of the actions. ``from_spec`` takes them from a ``Spec``.
     """
 
     low: Tensor
@@ -57,12 +57,12 @@ class ActorCritic(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actor = _net(obs_dim, len(low), config.width)
-            self.critic, self.slow = _net(obs_dim, 1, config.width), _net(obs_dim, 1, config.width)
+            self.critic, self.target_critic = _net(obs_dim, 1, config.width), _net(obs_dim, 1, config.width)
         with torch.no_grad():  # the first actions are near the middle
             list(self.actor.parameters())[-2].mul_(0.1)
         self.log_std = nn.Parameter(torch.full_like(low, config.std).log())
-        self.slow.load_state_dict(self.critic.state_dict())
-        self.slow.requires_grad_(False)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
         units = {"mean": torch.zeros(obs_dim), "square": torch.ones(obs_dim), "reward_square": torch.ones(())}
         for name, buffer in {"low": low, "high": high, **units}.items():
             self.register_buffer(name, buffer)
@@ -73,7 +73,7 @@ class ActorCritic(nn.Module):
         ]
 
     @classmethod
-    def of(cls, spec: Spec, *, seed: int = 0, config: ShacConfig = ShacConfig()) -> ActorCritic:
+    def from_spec(cls, spec: Spec, *, seed: int = 0, config: ShacConfig = ShacConfig()) -> ActorCritic:
         """One that acts in these spaces. Raises ValueError where they aren't vectors, or actions have no bounds."""
         for space in (spec.observation_space, spec.action_space):
             if not isinstance(space, spaces.Box) or len(space.shape) != 1:
@@ -85,17 +85,17 @@ class ActorCritic(nn.Module):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def begin(self, env: Any, seed: int | None = None) -> None:
+    def start(self, env: Any, seed: int | None = None) -> None:
         """Begin an episode in each dream of ``env``, which begins the next ones itself (SAME_STEP)."""
         obs, _ = env.reset(seed=seed)
         self._env, self._obs = env, torch.as_tensor(obs, dtype=torch.float32)
 
-    def stretch(self) -> None:
+    def rollout(self) -> None:
         """Learn from the next ``horizon`` steps of all dreams. Raises ValueError where they pass no gradient on."""
         config, env, obs = self.config, self._env, self._obs
         env.detach()
         unit = self.reward_square.sqrt().clamp(min=1e-6)
-        weight, worth = torch.ones(len(obs)), torch.zeros(len(obs))
+        weight, objective = torch.ones(len(obs)), torch.zeros(len(obs))
         steps, rewards = [], []
         for left in reversed(range(config.horizon)):
             seen = obs
@@ -109,21 +109,23 @@ class ActorCritic(nn.Module):
             if "final_obs" in infos:
                 after = torch.where(infos["_final_obs"][:, None], infos["final_obs"], obs)
             earned = reward / unit + config.entropy * entropy
-            worth = worth + weight * earned
+            objective = objective + weight * earned
             if left == 0 or bool(ended.any()):
                 cut = ~terminated & (ended if left else True)
-                worth = worth + weight * config.discount * self._value(self.slow, after).where(cut, 0.0)
+                objective = objective + weight * config.discount * self._value(self.target_critic, after).where(
+                    cut, 0.0
+                )
             weight = torch.where(ended, 1.0, weight * config.discount)
             steps.append([x.detach() for x in (seen, after, earned, ended, terminated)])
             rewards.append(reward.detach())
         self._obs = obs.detach()
-        self._climb(-worth.mean())
+        self._learn_shac(-objective.mean())
         columns = [torch.stack(column) for column in zip(*steps, strict=True)]
-        self._criticise(*columns)
-        self._measure(columns[0], torch.stack(rewards))
+        self._update_critic(*columns)
+        self._update_normaliser(columns[0], torch.stack(rewards))
         self.num_timesteps += config.horizon * len(obs)
 
-    def _climb(self, loss: Tensor) -> None:
+    def _learn_shac(self, loss: Tensor) -> None:
         adam = self._adams[0]
         adam.zero_grad()
         loss.backward()
@@ -131,27 +133,27 @@ class ActorCritic(nn.Module):
         if bool(norm.isfinite()):  # a dream that was lost points nowhere
             adam.step()
 
-    def _criticise(self, seen: Tensor, after: Tensor, earned: Tensor, ended: Tensor, terminated: Tensor) -> None:
+    def _update_critic(self, seen: Tensor, after: Tensor, earned: Tensor, ended: Tensor, terminated: Tensor) -> None:
         """The critic learns from steps [H,B,...]."""
         config, adam = self.config, self._adams[1]
         with torch.no_grad():
-            beyond = self._value(self.slow, after).where(~terminated, 0.0)
+            beyond = self._value(self.target_critic, after).where(~terminated, 0.0)
             returns, told = torch.empty_like(earned), beyond[-1]
             for k in reversed(range(len(earned))):
-                told = torch.where(ended[k], beyond[k], torch.lerp(beyond[k], told, config.trace))
+                told = torch.where(ended[k], beyond[k], torch.lerp(beyond[k], told, config.td_lambda))
                 returns[k] = told = earned[k] + config.discount * told
             good = returns.isfinite()
             x, y = self._scaled(seen[good]), returns[good]
         for _ in range(config.updates if len(y) else 0):
             rows = torch.randint(len(y), (config.batch,), generator=self._noise)
             adam.zero_grad()
-            F.smooth_l1_loss(VALUES * self.critic(x[rows])[:, 0], y[rows]).backward()
+            F.smooth_l1_loss(VALUE_SCALE * self.critic(x[rows])[:, 0], y[rows]).backward()
             adam.step()
         with torch.no_grad():
-            for slow, quick in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-                slow.lerp_(quick, config.follow)
+            for target_critic, quick in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
+                target_critic.lerp_(quick, config.tau)
 
-    def _measure(self, obs: Tensor, reward: Tensor) -> None:
+    def _update_normaliser(self, obs: Tensor, reward: Tensor) -> None:
         """The units: means over all that was ever dreamed."""
         good = obs.isfinite().all(-1) & reward.isfinite()
         share = reward.numel() / (self.num_timesteps + reward.numel())
@@ -189,7 +191,7 @@ class ActorCritic(nn.Module):
         return ((obs - self.mean) / var.where(var > 1e-6 * self.square, 1.0).sqrt()).clamp(-10, 10)
 
     def _value(self, critic: nn.Module, obs: Tensor) -> Tensor:
-        return VALUES * critic(self._scaled(obs))[..., 0]
+        return VALUE_SCALE * critic(self._scaled(obs))[..., 0]
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class ActorCritic(nn.Module):
         return made
 
 
-VALUES = 10.0  # what a net says is of the order of 1, and a value is a sum of many rewards
+VALUE_SCALE = 10.0  # what a net says is of the order of 1, and a value is a sum of many rewards
 
 
 def _net(inputs: int, outputs: int, width: int) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from world_model.contract import Imagined, Spec
-from world_model.episodes import Episodes, Starts
+from world_model.episodes import Episodes, StartStates
 from world_model.model.tokens import Scaling
 from world_model.state import LatentState
 
@@ -27,7 +27,7 @@ class Baseline(nn.Module):
         super().__init__()
         self.spec = spec
         self.card: dict[str, Any] = {}
-        self.starts: Starts | None = None
+        self.starts: StartStates | None = None
         self.scaling = Scaling(spec)
 
     def step(self, obs: Tensor, action: Tensor) -> Stepped:
@@ -71,7 +71,7 @@ class Baseline(nn.Module):
         """Take units and starts from the data."""
         self.scaling.measure(episodes)
         first = episodes.starts()
-        self.starts = Starts(episodes.obs[first][:256, None], episodes.action[first][:256, None])
+        self.starts = StartStates(episodes.obs[first][:256, None], episodes.action[first][:256, None])
 
 
 class Constant(Baseline):

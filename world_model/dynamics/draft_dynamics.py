@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from world_model.contract import Imagined, Spec
-from world_model.episodes import Starts
+from world_model.episodes import StartStates
 from world_model.model.world_model import WorldModel
 from world_model.state import LatentState
 
 
-class Drafted:
+class DraftDynamics:
     """What ``model`` would say if its memory were never asked: its draft's guesses, and what they yield.
 
     Its state is the last observation, and the one before where the draft looks at two. It fits tasks whose observation
@@ -35,7 +35,7 @@ class Drafted:
     # What a dream env also asks of its model. Its trust isn't among it: that was measured with the memory.
 
     @property
-    def starts(self) -> Starts | None:
+    def starts(self) -> StartStates | None:
         return self.model.starts
 
     @property
@@ -50,7 +50,7 @@ class Drafted:
         """See ``Dynamics.initial``; nothing is drawn, so seeds change nothing."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        nothing = self.model.error.new_full((batch, self.model.config.obs_dim), torch.nan)
+        nothing = self.model.draft_error.new_full((batch, self.model.config.obs_dim), torch.nan)
         return LatentState({"obs": nothing, "before": nothing})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
@@ -62,7 +62,7 @@ class Drafted:
             or not obs.shape[1]
         ):
             raise ValueError(f"obs must be [{state.batch},T,{self.model.config.obs_dim}], got {list(obs.shape)}")
-        obs = obs.to(self.model.error)
+        obs = obs.to(self.model.draft_error)
         earlier = state["obs"] if obs.shape[1] == 1 else obs[:, -2]
         # A first frame came from nowhere: it stands for the one before it too.
         return LatentState({"obs": obs[:, -1], "before": torch.where(earlier.isnan(), obs[:, -1], earlier)})
@@ -75,12 +75,12 @@ class Drafted:
                 f"actions must be [B,K,A] with K from 1 to {model.config.chunk}, got {list(actions.shape)}"
             )
         assert model.draft is not None
-        start, act = scaling.obs(state["obs"]), scaling.action(actions.to(model.error))
-        guess, _ = model.draft.unroll(start, act, scaling.obs(state["before"]), scaling)
-        begun = torch.cat([start[:, None], guess[:, :-1]], 1)
-        outcome = model.judge(begun, act, guess, None)
-        obs = scaling.raw_obs(guess)
-        reward = outcome[..., 0] * scaling.reward_std + scaling.reward_mean
-        terminated = (outcome[..., 1] > 0) & model.terminates
+        start, act = scaling.obs(state["obs"]), scaling.action(actions.to(model.draft_error))
+        obs_scaled, _ = model.draft.unroll(start, act, scaling.obs(state["before"]), scaling)
+        begun = torch.cat([start[:, None], obs_scaled[:, :-1]], 1)
+        predicted = model.predict_reward(begun, act, obs_scaled, None)
+        obs = scaling.raw_obs(obs_scaled)
+        reward = predicted[..., 0] * scaling.reward_std + scaling.reward_mean
+        terminated = (predicted[..., 1] > 0) & model.terminates
         before = state["obs"] if obs.shape[1] == 1 else obs[:, -2]
         return LatentState({"obs": obs[:, -1], "before": before}), Imagined(obs if decode else None, reward, terminated)

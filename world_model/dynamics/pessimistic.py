@@ -7,19 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from planners.scoring import COST
-from planners.search import device_of
 from world_model.contract import Dynamics, Imagined, Spec
 from world_model.state import LatentState
 
-_OWN = ("doubt", "doubt.seen", "doubt.from", COST)
+_OWN = ("uncertainty", "uncertainty.seen", "uncertainty.obs")
 
 
-class Cautious:
+class Pessimistic:
     """A calibrated model whose rewards are lowered by its ignorance, as MOPO's are (arXiv 2005.13239).
 
     by: what each step costs ``penalty`` times, also where an objective pays. "distance" is how far the step lies
-    from what the model was trained on. "doubt" is that of ``world_model.trust`` after the step: it grows along each
+    from what the model was trained on. "uncertainty" is that of ``world_model.trust`` after the step: it grows along each
     imagined path, faster where the model was trained on nothing similar. Both are an RMS over dimensions in standard
     deviations. The penalty's unit is the standard deviation of the reward that the model was trained on, so that one
     number means about the same on every task (in dynamics without a ``scaling`` it is 1; for a ``reward_fn`` of another
@@ -27,7 +25,7 @@ class Cautious:
 
         MPC(Cautious(model, penalty=2.0), CEM())
 
-    and policies learn in it as in any model: ``DreamVecEnv(Cautious(model, penalty=1.0), 64)``.
+    and policies learn in it as in any model: ``DreamVecEnv(Pessimistic(model, penalty=1.0), 64)``.
 
     It is for models that have seen little but what some policies do, whose plans promise more than they earn. In a
     model of random actions, which go everywhere, it mostly costs (``kairos bench caution``).
@@ -35,16 +33,16 @@ class Cautious:
     Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
     """
 
-    def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["doubt", "distance"] = "distance"):
+    def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["uncertainty", "distance"] = "distance"):
         self.trust: Any = getattr(dynamics, "trust", None)
         if self.trust is None:
             raise ValueError("these dynamics know nothing of their error: kairos calibrate gives a model its trust")
-        if isinstance(dynamics, Cautious):
-            raise ValueError("these dynamics are cautious already: give the model itself a larger penalty")
+        if isinstance(dynamics, Pessimistic):
+            raise ValueError("these dynamics are pessimistic already: give the model itself a larger penalty")
         if not penalty >= 0:
             raise ValueError(f"penalty must be at least 0, got {penalty}")
-        if by not in ("doubt", "distance"):
-            raise ValueError(f"by must be 'doubt' or 'distance', got {by!r}")
+        if by not in ("uncertainty", "distance"):
+            raise ValueError(f"by must be 'uncertainty' or 'distance', got {by!r}")
         self.dynamics, self.penalty, self.by = dynamics, penalty, by
         scaling: Any = getattr(dynamics, "scaling", None)
         self.unit = 1.0 if scaling is None else float(scaling.reward_std)
@@ -66,36 +64,36 @@ class Cautious:
     def fingerprint(self) -> str:
         """Of the weights, the penalty and its kind."""
         own: Any = self.dynamics
-        return f"{own.fingerprint()} cautious {self.penalty:g} {self.by}"
+        return f"{own.fingerprint()} pessimistic {self.penalty:g} {self.by}"
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """See ``Dynamics.initial``."""
         state = self.dynamics.initial(batch, seeds)
-        if (device := device_of(state)).type != "cpu":
-            raise ValueError(f"a model's trust is told on the CPU, and this one dreams on {device}")
+        if (device := state.device).type != "cpu":
+            raise ValueError(f"the error bound is computed on the CPU, and this model dreams on {device}")
         size = self.spec.observation_box.shape[0]
         seen = torch.zeros(batch, dtype=torch.int64)
-        return self._with(state, torch.zeros(batch), seen, torch.zeros(batch, size), torch.zeros(batch, 1))
+        return self._with(state, torch.zeros(batch), seen, torch.zeros(batch, size))
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """See ``Dynamics.observe``. What was seen is certain: the doubt begins anew."""
-        after, seen = self.dynamics.observe(_without(state), obs, actions), state["doubt.seen"] + obs.shape[1]
-        return self._with(after, self.trust.begin(seen), seen, obs[:, -1].float(), torch.zeros(len(seen), 1))
+        """See ``Dynamics.observe``. What was seen is certain: the uncertainty starts anew."""
+        after, seen = self.dynamics.observe(_without(state), obs, actions), state["uncertainty.seen"] + obs.shape[1]
+        return self._with(after, self.trust.initial(seen), seen, obs[:, -1].float())
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
         """See ``Dynamics.imagine``; rewards are lowered by what ``by`` says."""
         after, imagined = self.dynamics.imagine(_without(state), actions, decode=True)
         if imagined.obs is None:
             raise ValueError("these dynamics predict no observations, so nothing can be told of their error")
-        path = torch.cat([state["doubt.from"][:, None], imagined.obs.float()], 1)
+        path = torch.cat([state["uncertainty.obs"][:, None], imagined.obs.float()], 1)
         begin, actions = path[:, :-1], actions.float()
         if self.by == "distance":
-            doubt = self.trust.distance(begin, actions)
+            uncertainty = self.trust.distance(begin, actions)
         else:
-            doubt = self.trust.follow(state["doubt"], begin, actions)
-        cost = self.penalty * self.unit * doubt
-        lowered = imagined._replace(reward=imagined.reward - cost)
-        after = self._with(after, doubt[:, -1], state["doubt.seen"], path[:, -1], cost)
+            uncertainty = self.trust.propagate(state["uncertainty"], begin, actions)
+        cost = self.penalty * self.unit * uncertainty
+        lowered = imagined._replace(reward=imagined.reward - cost, cost=cost)
+        after = self._with(after, uncertainty[:, -1], state["uncertainty.seen"], path[:, -1])
         return after, lowered if decode else lowered._replace(obs=None)
 
     @staticmethod
@@ -105,5 +103,7 @@ class Cautious:
 
 def _without(state: LatentState) -> LatentState:
     if missing := set(_OWN) - set(state.tensors):
-        raise ValueError(f"this state knows of no doubt ({', '.join(sorted(missing))}): begin with Cautious.initial")
+        raise ValueError(
+            f"this state carries no uncertainty ({', '.join(sorted(missing))}): begin with Pessimistic.initial"
+        )
     return LatentState({name: t for name, t in state.tensors.items() if name not in _OWN})

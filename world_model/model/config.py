@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-LETTERS = {"S": "sliding window", "D": "dilated sliding window", "G": "gated delta rule"}
+LAYER_KINDS = {"S": "sliding window", "D": "dilated sliding window", "G": "gated delta rule"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class WorldModelConfig:
     draft_blocks: int = 3
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.pattern) - set(LETTERS))
+        unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
         if unknown or not self.pattern:
-            known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
+            known = ", ".join(f"{kind} ({what})" for kind, what in LAYER_KINDS.items())
             raise ValueError(f"pattern={self.pattern!r} has unknown layer letters {unknown}; known are {known}")
         for field in fields(self):
             value = getattr(self, field.name)

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from world_model.model.tokens import Scaling
 from world_model.ops.linear import Layer, chain
-from world_model.ops.native import exact
+from world_model.ops.native import no_autocast
 
 
 class GatedBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.enter = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, width)
+        self.in_proj = nn.Linear(width, 2 * width)
+        self.out_proj = nn.Linear(width, width)
 
     def layers(self) -> list[Layer]:
-        return [Layer("norm", self.enter, self.norm), Layer("gated", self.leave, residual=True)]
+        return [Layer("norm", self.in_proj, self.norm), Layer("gated", self.out_proj, residual=True)]
 
 
 class Draft(nn.Module):
@@ -31,11 +31,11 @@ class Draft(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, width: int, blocks: int, frames: int = 1):
         super().__init__()
         self.frames = frames
-        self.enter = nn.Linear(frames * obs_dim + action_dim, width)
+        self.in_proj = nn.Linear(frames * obs_dim + action_dim, width)
         self.blocks = nn.ModuleList(GatedBlock(width) for _ in range(blocks))
-        self.leave = nn.Linear(width, 2 * obs_dim)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.out_proj = nn.Linear(width, 2 * obs_dim)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, obs: Tensor, action: Tensor, came: Tensor) -> tuple[Tensor, Tensor]:
         """obs [...,O] normalised, action [...,A] in [-1,1] -> mean, log-variance [...,O] of change / step_std.
@@ -47,7 +47,7 @@ class Draft(nn.Module):
 
     def layers(self) -> list[Layer]:
         between = [layer for block in self.blocks for layer in block.layers()]  # type: ignore[operator, union-attr]
-        return [Layer("plain", self.enter), *between, Layer("plain", self.leave)]
+        return [Layer("plain", self.in_proj), *between, Layer("plain", self.out_proj)]
 
     @staticmethod
     def read(told: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class Draft(nn.Module):
         before [B,O]: the observation before obs; obs itself where that isn't known.
         """
         means, variances, variance = [], [], torch.zeros_like(obs)
-        with exact(obs):  # each guess is fed back
+        with no_autocast(obs):  # each guess is fed back
             for action in actions.unbind(1):
                 mean, log_var = self(obs, action, (obs - before) / scaling.step_std)
                 before, obs = obs, scaling.limit(obs + scaling.step_std * mean)
@@ -77,7 +77,7 @@ def beta_nll(mean: Tensor, log_var: Tensor, target: Tensor, beta: float = 0.5) -
     return (nll * (beta * log_var.detach()).exp()).mean()
 
 
-class Outcome(nn.Module):
+class RewardHead(nn.Module):
     """What a step yields: normalised reward and the logit of termination, from what it started at, did and led to."""
 
     def __init__(self, obs_dim: int, action_dim: int, width: int):
@@ -95,5 +95,5 @@ class Outcome(nn.Module):
         return chain(torch.cat([obs, action, change, after], -1), self.chain())
 
     def chain(self) -> list[Layer]:
-        enter, _, middle, _, leave = self.layers
-        return [Layer("plain", enter), Layer("silu", middle), Layer("silu", leave)]  # type: ignore[arg-type]
+        in_proj, _, middle, _, out_proj = self.layers
+        return [Layer("plain", in_proj), Layer("silu", middle), Layer("silu", out_proj)]  # type: ignore[arg-type]

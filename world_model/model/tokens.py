@@ -83,9 +83,11 @@ class Tokens(nn.Module):
         self.clean_in = nn.Linear(size, p * d)
         self.noisy_in = nn.Linear(4 * size, p * d)
         self.level_in = nn.Linear(16, p * d)
-        self.place = nn.Parameter(torch.zeros(config.chunk, p * d))  # where in its chunk a noisy frame stands
+        self.position = nn.Parameter(torch.zeros(config.chunk, p * d))  # where in its chunk a noisy frame stands
         self.action_in = nn.Linear(config.action_dim, config.action_width)
-        self.begin = nn.Parameter(torch.randn(config.action_width) * 0.1)  # stands for the action before a first frame
+        self.no_action = nn.Parameter(
+            torch.randn(config.action_width) * 0.1
+        )  # stands for the action before a first frame
         self.norm = nn.LayerNorm(p * d)
         self.out = nn.Linear(p * d, size)
         nn.init.zeros_(self.out.weight)
@@ -94,7 +96,7 @@ class Tokens(nn.Module):
 
     def clean(self, obs: Tensor) -> Tensor:
         """Normalised observations [B,T,O] -> [B,T,P,D]."""
-        return self.clean_in(obs).to(self.place.dtype).unflatten(-1, self.shape)
+        return self.clean_in(obs).to(self.position.dtype).unflatten(-1, self.shape)
 
     def noisy(self, z: Tensor, s: Tensor, draft: Tensor, change: Tensor, log_std: Tensor) -> Tensor:
         """The frames being denoised -> [B,C,K,P,D], for C chunks.
@@ -105,13 +107,13 @@ class Tokens(nn.Module):
         angle = s * self.frequencies
         level = self.level_in(torch.cat([angle.sin(), angle.cos()], -1))
         x = self.noisy_in(torch.cat([z, draft, change, log_std], -1))
-        return (x + level + self.place[: z.shape[2]]).unflatten(-1, self.shape)
+        return (x + level + self.position[: z.shape[2]]).unflatten(-1, self.shape)
 
     def actions(self, actions: Tensor, first: Tensor | None = None) -> Tensor:
         """Scaled actions [B,T,A] -> [B,T,1,Da]; ``first`` (bool [B,T]) marks frames that no action led to."""
-        x = self.action_in(actions).to(self.begin.dtype)
+        x = self.action_in(actions).to(self.no_action.dtype)
         if first is not None:
-            x = torch.where(first[..., None], self.begin, x)
+            x = torch.where(first[..., None], self.no_action, x)
         return x[:, :, None]
 
     def features(self, world: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from world_model.model.config import WorldModelConfig
 from world_model.ops.delta_rule import delta
 from world_model.ops.delta_rule_cpu import mix
 from world_model.ops.linear import norm_linear, silu_linear
-from world_model.ops.native import compiled, on_gpu, recorded
+from world_model.ops.native import compiled, needs_grad, use_triton
 from world_model.ops.window_attention import Layout, attend, visible
 from world_model.ops.window_attention_cpu import attend_streams
 
@@ -32,17 +32,17 @@ class Stream(nn.Module):
         super().__init__()
         self.sizes = [3 * inner, gates, expand * width]
         self.norm = nn.LayerNorm(width)
-        self.enter = nn.Linear(width, sum(self.sizes))
-        self.leave = nn.Linear(inner + expand * width, width)
-        nn.init.zeros_(self.leave.bias)
-        self.leave.weight.data *= 0.5
+        self.in_proj = nn.Linear(width, sum(self.sizes))
+        self.out_proj = nn.Linear(inner + expand * width, width)
+        nn.init.zeros_(self.out_proj.bias)
+        self.out_proj.weight.data *= 0.5
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[...,D] -> queries, keys and values [...,3*inner], gates [...,g], feed-forward [...,expand*D]."""
-        return list(norm_linear(x, self.norm, self.enter).split(self.sizes, -1))
+        return list(norm_linear(x, self.norm, self.in_proj).split(self.sizes, -1))
 
     def join(self, x: Tensor, mixed: Tensor, hidden: Tensor) -> Tensor:
-        return silu_linear(hidden, self.leave, beside=mixed, base=x)
+        return silu_linear(hidden, self.out_proj, beside=mixed, base=x)
 
 
 class Block(nn.Module):
@@ -51,30 +51,30 @@ class Block(nn.Module):
     After the last layer only noisy world tokens are read, so there the others stop at what they write into the memory.
     """
 
-    def __init__(self, letter: str, config: WorldModelConfig, last: bool):
+    def __init__(self, kind: str, config: WorldModelConfig, last: bool):
         super().__init__()
         self.last = last
-        self.letter, self.heads, self.dim = letter, config.heads, config.head_dim
+        self.kind, self.heads, self.dim = kind, config.heads, config.head_dim
         self.group = config.tokens + 1  # tokens a frame: the world's, then the action's
         inner = self.heads * self.dim
-        gates = 2 * self.heads if letter == "G" else 0
+        gates = 2 * self.heads if kind == "G" else 0
         self.world = Stream(config.width, inner, gates, config.expand)
         self.action = Stream(config.action_width, inner, gates, 0 if last else config.expand)
         if last:
-            del self.action.leave
-        if letter == "G":
+            del self.action.out_proj
+        if kind == "G":
             # Memories of about 2 to 200 tokens to begin with, spread over the heads (as in Mamba-2).
             self.log_rate = nn.Parameter(torch.linspace(-0.7, -5.0, self.heads))
         else:
             self.stride, self.past = (
-                (1, config.window) if letter == "S" else (config.dilation, config.dilation * config.taps)
+                (1, config.window) if kind == "S" else (config.dilation, config.dilation * config.taps)
             )
             self.ahead = config.chunk - 1  # inside a chunk a frame sees up to this many frames ahead
-            self.offsets = nn.Parameter(torch.zeros(self.heads, self.past + config.chunk))
+            self.relative_bias = nn.Parameter(torch.zeros(self.heads, self.past + config.chunk))
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("S",) if self.letter == "G" else ("k", "v")
+        return ("S",) if self.kind == "G" else ("k", "v")
 
     def empty(self, batch: int, like: Tensor) -> Memory:
         """The memory of a dream that has seen nothing."""
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
     def _shape(self, batch: int) -> tuple[int, int, int, int]:
         """Of each tensor of the memory."""
-        return batch, self.heads, self.dim if self.letter == "G" else self.past * self.group, self.dim
+        return batch, self.heads, self.dim if self.kind == "G" else self.past * self.group, self.dim
 
     def forward(
         self, world: Tensor, action: Tensor, layout: Layout, memory: Memory | None, age: Tensor | None
@@ -94,9 +94,9 @@ class Block(nn.Module):
         """
         qkv_w, gate_w, hidden_w = self.world.split(world)
         qkv_a, gate_a, hidden_a = self.action.split(action)
-        if self.letter == "G":
+        if self.kind == "G":
             memory = memory or self.empty(world.shape[0], world)
-        state = memory["S"] if memory is not None and self.letter == "G" else None
+        state = memory["S"] if memory is not None and self.kind == "G" else None
         fits = memory is not None and all(t.shape == self._shape(world.shape[0]) for t in memory.values())
         given = (qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
         if state is not None and fits and layout.clean and (library := compiled("delta", world, state)):
@@ -104,7 +104,7 @@ class Block(nn.Module):
             sizes = (layout.clean, layout.chunk, skip)
             mixed_w, mixed_a, state = mix(library, qkv_w, qkv_a, gate_w, gate_a, self.log_rate, state, at, sizes)
             new = {"S": state}
-        elif self.letter != "G" and memory is None and (library := compiled("attention", world)):
+        elif self.kind != "G" and memory is None and (library := compiled("attention", world)):
             mixed_w, mixed_a = attend_streams(library, qkv_w, qkv_a, *self._bias(layout, 0, world))
             new = self._last_frames(qkv_w[:, : layout.clean], qkv_a[:, : layout.clean])
         elif memory is not None and fits and self._streams(layout, qkv_w, qkv_a, *memory.values()):
@@ -132,7 +132,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Memory]:
         """The temporal mixing -> answers of the frames that are asked for [B,F,P,I], [B,F,1,I], the memory after."""
         q, k, v = self._tokens(qkv_w, qkv_a)
-        if self.letter == "G":
+        if self.kind == "G":
             assert memory is not None
             mixed, new = self._delta(q, k, v, torch.cat([gate_w, gate_a], 2).flatten(1, 2), layout, memory["S"])
         else:
@@ -141,9 +141,9 @@ class Block(nn.Module):
 
     def _streams(self, layout: Layout, *tensors: Tensor) -> bool:
         """Whether a GPU's kernels do it: they pass no gradients, and a G layer's take clean frames or one chunk."""
-        tensors = (*tensors, self.log_rate if self.letter == "G" else self.offsets)
-        alone = self.letter != "G" or len(layout.starts) + (layout.clean > 0) == 1
-        return alone and self.dim <= 256 and not recorded(*tensors) and on_gpu(*tensors)
+        tensors = (*tensors, self.log_rate if self.kind == "G" else self.relative_bias)
+        batch_of_one = self.kind != "G" or len(layout.starts) + (layout.clean > 0) == 1
+        return batch_of_one and self.dim <= 256 and not needs_grad(*tensors) and use_triton(*tensors)
 
     def _streamed(
         self,
@@ -160,9 +160,9 @@ class Block(nn.Module):
         from world_model.ops.window_attention_triton import attend_window
 
         assert memory is not None
-        if self.letter != "G":
+        if self.kind != "G":
             assert age is not None
-            bias, _ = self._bias(layout, self.past, self.offsets)
+            bias, _ = self._bias(layout, self.past, self.relative_bias)
             mixed_w, mixed_a, k, v = attend_window(qkv_w, qkv_a, bias, memory["k"], memory["v"], age, layout.clean)
             return mixed_w, mixed_a, {"k": k, "v": v}
         if layout.noisy:
@@ -250,7 +250,7 @@ class Block(nn.Module):
         sizes = (self.stride, self.past, self.group, self.ahead)
         select, mask = visible(layout, past, *sizes, like.device, like.dtype)
         skip = layout.clean * self.group if self.last else 0
-        return ((self.offsets @ select).unflatten(-1, mask.shape) + mask)[:, skip:], skip
+        return ((self.relative_bias @ select).unflatten(-1, mask.shape) + mask)[:, skip:], skip
 
     def _last_frames(self, qkv_w: Tensor, qkv_a: Tensor) -> Memory:
         """The buffers after clean frames before which there was nothing."""
@@ -269,7 +269,7 @@ class Trunk(nn.Module):
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(letter, config, last=i + 1 == len(config.pattern)) for i, letter in enumerate(config.pattern)
+            Block(kind, config, last=i + 1 == len(config.pattern)) for i, kind in enumerate(config.pattern)
         )
 
     def empty(self, batch: int, like: Tensor) -> Memory:

@@ -17,25 +17,25 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from world_model.contract import Imagined, Spec
-from world_model.episodes import Starts
+from world_model.episodes import StartStates
 from world_model.model.config import WorldModelConfig
-from world_model.model.draft import Draft, Outcome
+from world_model.model.draft import Draft, RewardHead
 from world_model.model.tokens import Scaling, Tokens
 from world_model.model.transformer import Memory, Trunk
 from world_model.noise import normal
 from world_model.ops.flow import euler, shift_factor
-from world_model.ops.native import exact
+from world_model.ops.native import no_autocast
 from world_model.ops.window_attention import Layout
-from world_model.runtime.compiled_step import fused
-from world_model.runtime.cuda_graph import graphed
+from world_model.runtime.compiled_step import compiled_step
+from world_model.runtime.cuda_graph import cuda_graphs
 from world_model.runtime.weight_cache import forget
 from world_model.state import LatentState
-from world_model.trust import Trust
+from world_model.trust import ConformalBound
 
 PIECE = 32  # frames of evidence that one pass takes
 
 
-class Guess(NamedTuple):
+class DraftPrediction(NamedTuple):
     """What is known of a chunk before the memory is asked, in normalised units."""
 
     mean: Tensor  # [...,K,O]
@@ -50,7 +50,7 @@ class WorldModel(nn.Module):
     Denoising reads memory; only the clean chunk writes it. So memory stays constant and noise can't pollute it.
     """
 
-    error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
+    draft_error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
     terminates: Tensor  # bool [], whether the data ever ended an episode
 
     def __init__(self, config: WorldModelConfig, spec: Spec):
@@ -64,8 +64,8 @@ class WorldModel(nn.Module):
                 raise ValueError(f"config.{name}={have} doesn't fit the spec, which has {want}")
         self.config, self.spec = config, spec
         self.card: dict[str, Any] = {}
-        self.starts: Starts | None = None
-        self.trust: Trust | None = None  # how wrong its dreams may be, where that was calibrated
+        self.starts: StartStates | None = None
+        self.trust: ConformalBound | None = None  # how wrong its dreams may be, where that was calibrated
         self.scaling = Scaling(spec)
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
@@ -74,11 +74,11 @@ class WorldModel(nn.Module):
             if config.draft
             else None
         )
-        self.outcome = Outcome(config.obs_dim, config.action_dim, config.draft_width)
-        self.outcome_memory = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
-        nn.init.zeros_(self.outcome_memory.weight)
-        nn.init.zeros_(self.outcome_memory.bias)
-        self.register_buffer("error", torch.ones(config.chunk, config.obs_dim))
+        self.reward_head = RewardHead(config.obs_dim, config.action_dim, config.draft_width)
+        self.memory_reward_head = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
+        nn.init.zeros_(self.memory_reward_head.weight)
+        nn.init.zeros_(self.memory_reward_head.bias)
+        self.register_buffer("draft_error", torch.ones(config.chunk, config.obs_dim))
         self.register_buffer("terminates", torch.tensor(False))
 
     # -- the verbs -------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class WorldModel(nn.Module):
         """B fresh dreams -> LatentState. seeds: int64 [B], each dream's own noise seed (zeros where None)."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        like = self.error
+        like = self.draft_error
         if seeds is None:
             seeds = torch.zeros(batch, dtype=torch.int64, device=like.device)
         if seeds.shape != (batch,) or seeds.is_floating_point():
@@ -112,8 +112,8 @@ class WorldModel(nn.Module):
             raise ValueError("obs must be finite, got NaN or infinity; a world model can't be told what isn't a number")
         first = state["age"][:, None] + torch.arange(obs.shape[1], device=obs.device) == 0
         self._expect_within_bounds(actions, first)
-        obs, actions = obs.to(self.error), actions.to(self.error)
-        if fast := fused(self, state, obs, actions):
+        obs, actions = obs.to(self.draft_error), actions.to(self.draft_error)
+        if fast := compiled_step(self, state, obs, actions):
             return fast.observe(state, obs, actions)
         # In pieces: one pass costs the square of its frames, and streaming gives the same result.
         for piece, played in zip(obs.split(PIECE, 1), actions.split(PIECE, 1), strict=True):
@@ -133,12 +133,12 @@ class WorldModel(nn.Module):
             raise ValueError(f"a chunk has 1 to {self.config.chunk} actions for this model, got {actions.shape[1]}")
         if flow_steps < 1:
             raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
-        actions = actions.to(self.error)
-        if (fast := fused(self, state, actions)) and (
+        actions = actions.to(self.draft_error)
+        if (fast := compiled_step(self, state, actions)) and (
             done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
             return done
-        if (graphs := graphed(self, state, actions)) and (
+        if (graphs := cuda_graphs(self, state, actions)) and (
             done := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
             return done
@@ -163,28 +163,34 @@ class WorldModel(nn.Module):
         start = self.scaling.obs(state["obs"])
         before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
         k = act.shape[1]
-        guess = Guess(*(x[:, None] for x in self.guess(start, act, before)))
+        predict_draft = DraftPrediction(*(x[:, None] for x in self.predict_draft(start, act, before)))
         memory = self._memory(state)
         hidden = start
 
         def denoise(z: Tensor, s: Tensor) -> Tensor:
             nonlocal hidden
             residual, hidden, _ = self.refine(
-                Layout(0, (0,), k), z, s.reshape(1, 1, 1, 1), guess, act[:, None], memory=memory, age=state["age"]
+                Layout(0, (0,), k),
+                z,
+                s.reshape(1, 1, 1, 1),
+                predict_draft,
+                act[:, None],
+                memory=memory,
+                age=state["age"],
             )
             return residual
 
-        z = torch.zeros_like(guess.mean)
+        z = torch.zeros_like(predict_draft.mean)
         if sampled:
             step = state["age"][:, None] + torch.arange(k, device=act.device)
             z = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim, dtype=z.dtype)[:, None]
         z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
-        scaled = self.scaling.limit(guess.mean + guess.scale * z)[:, 0]
+        scaled = self.scaling.limit(predict_draft.mean + predict_draft.scale * z)[:, 0]
         obs = self.scaling.raw_obs(scaled)
         before = torch.cat([start[:, None], scaled[:, :-1]], 1)
-        outcome = self.judge(before, act, scaled, hidden[:, 0])
-        reward = outcome[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
-        terminated = (outcome[..., 1] > 0) & self.terminates
+        reward_head = self.predict_reward(before, act, scaled, hidden[:, 0])
+        reward = reward_head[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
+        terminated = (reward_head[..., 1] > 0) & self.terminates
         return self._write(state, obs, scaled, act), Imagined(obs, reward, terminated)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .double() and the like go through
@@ -201,7 +207,7 @@ class WorldModel(nn.Module):
 
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 
-    def guess(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> Guess:
+    def predict_draft(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> DraftPrediction:
         """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves.
 
         before [...,O]: the observations before the start; None where they aren't known.
@@ -209,18 +215,20 @@ class WorldModel(nn.Module):
         if self.draft is None:
             k = actions.shape[-2]
             mean = start[..., None, :].expand(*start.shape[:-1], k, -1)
-            return Guess(mean, torch.zeros_like(mean), torch.zeros_like(mean), self.error[:k].expand_as(mean))
+            return DraftPrediction(
+                mean, torch.zeros_like(mean), torch.zeros_like(mean), self.draft_error[:k].expand_as(mean)
+            )
         before = start if before is None else before
         mean, variance = self.draft.unroll(
             start.flatten(0, -2), actions.flatten(0, -3), before.flatten(0, -2), self.scaling
         )
-        return self.guessed(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
+        return self.draft_prediction(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
 
-    def guessed(self, start: Tensor, mean: Tensor, std: Tensor) -> Guess:
+    def draft_prediction(self, start: Tensor, mean: Tensor, std: Tensor) -> DraftPrediction:
         """The guess of chunks from [...,O] whose draft is known, mean and std [...,K,O]."""
-        error = self.error[: mean.shape[-2]]
+        error = self.draft_error[: mean.shape[-2]]
         # The geometric middle between what the draft expects here and what it gets wrong on the whole.
-        return Guess(
+        return DraftPrediction(
             mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()
         )
 
@@ -229,7 +237,7 @@ class WorldModel(nn.Module):
         layout: Layout,
         z: Tensor,
         s: Tensor,
-        guess: Guess,
+        predict_draft: DraftPrediction,
         actions: Tensor,
         clean: tuple[Tensor, Tensor, Tensor] | None = None,
         memory: Memory | None = None,
@@ -240,7 +248,7 @@ class WorldModel(nn.Module):
         z [B,C,K,O] at noise level s [B or 1,C or 1,1,1], actions [B,C,K,A]; clean: obs [B,T,O], actions [B,T,A] and
         whether a frame is its dream's first [B,T].
         """
-        world = self.tokens.noisy(z, s, guess.mean, guess.change, guess.spread).flatten(1, 2)
+        world = self.tokens.noisy(z, s, predict_draft.mean, predict_draft.change, predict_draft.spread).flatten(1, 2)
         action = self.tokens.actions(actions.flatten(1, 2))
         if clean is not None:
             world = torch.cat([self.tokens.clean(clean[0]), world], 1)
@@ -249,11 +257,11 @@ class WorldModel(nn.Module):
         features = self.tokens.features(world).unflatten(1, z.shape[1:3])
         return self.tokens.out(features), features, after
 
-    def judge(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
+    def predict_reward(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
         """Normalised reward and logit of termination of steps before -> after [...,O] -> [...,2]."""
-        with exact(after):  # rewards are summed up
-            outcome = self.outcome(before, actions, (after - before) / self.scaling.step_std, after)
-            return outcome if features is None else outcome + self.outcome_memory(features.to(after.dtype))
+        with no_autocast(after):  # rewards are summed up
+            reward_head = self.reward_head(before, actions, (after - before) / self.scaling.step_std, after)
+            return reward_head if features is None else reward_head + self.memory_reward_head(features.to(after.dtype))
 
     def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
         """Clean frames onto the memory: the only place where it is written."""
@@ -357,12 +365,12 @@ class WorldModel(nn.Module):
             model = cls(config, spec)
             model.load_state_dict(weights)
             if (folder / "starts.safetensors").is_file():
-                model.starts = Starts(**load_file(folder / "starts.safetensors"))
+                model.starts = StartStates(**load_file(folder / "starts.safetensors"))
                 sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
                 if sizes != (config.obs_dim, config.action_dim):
                     raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
             if (folder / "trust.safetensors").is_file():
-                model.trust = Trust.load(folder / "trust.safetensors")
+                model.trust = ConformalBound.load(folder / "trust.safetensors")
                 if bytes(model.trust.model.numpy()).decode() != model.fingerprint():
                     raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
             if (folder / "card.json").is_file():

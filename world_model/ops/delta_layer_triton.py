@@ -70,13 +70,13 @@ def _write(  # type: ignore[no-untyped-def]
     memory = tl.load(state + here, mask=inside, other=0.0)  # [d,e]
     for n in range(frames * (P + 1)):
         forget = tokens(gates_world, gates_action, gates_world_row, gates_action_row, n, h, h < heads, P)
-        force = tokens(gates_world, gates_action, gates_world_row, gates_action_row, n, heads + h, h < heads, P)
+        beta_t = tokens(gates_world, gates_action, gates_world_row, gates_action_row, n, heads + h, h < heads, P)
         forget = tl.maximum(forget, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(forget)))  # softplus
         key = tokens(world + inner, action + inner, world_row, action_row, n, d, in_d, P)
         key = key / length(key, 0)
         value = tokens(world + 2 * inner, action + 2 * inner, world_row, action_row, n, d, in_d, P)
         memory = memory * tl.exp(-rate * forget)
-        wrong = (value - tl.sum(memory * key[:, None], 0)) * tl.sigmoid(force)
+        wrong = (value - tl.sum(memory * key[:, None], 0)) * tl.sigmoid(beta_t)
         memory = memory + key[:, None] * wrong[None, :]
         if ASK:
             query = tokens(world, action, world_row, action_row, n, d, in_d, P)

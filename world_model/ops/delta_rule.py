@@ -18,7 +18,7 @@ from torch import Tensor
 
 from world_model.ops.constants import index
 from world_model.ops.delta_rule_cpu import delta_cpu
-from world_model.ops.native import available, exact, on_gpu, recorded
+from world_model.ops.native import available, needs_grad, no_autocast, use_triton
 
 LEAST = -100.0  # of log alpha: exp(-100) is nothing in float32, and sums of no more than this stay exact
 
@@ -33,11 +33,11 @@ def delta(
     single = total > 0 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     if fits and single and (library := available("delta")):
         return delta_cpu(library, *tensors, reads)
-    if fits and q.shape[-1] <= (128 if recorded(*tensors) else 256) and on_gpu(*tensors):
+    if fits and q.shape[-1] <= (128 if needs_grad(*tensors) else 256) and use_triton(*tensors):
         from world_model.ops.delta_rule_triton import delta_triton
 
         return delta_triton(*tensors, reads)
-    with exact(state):  # what is written stays: in the memory's own precision, as in the kernels
+    with no_autocast(state):  # what is written stays: in the memory's own precision, as in the kernels
         q, k, v, log_alpha, beta = (t.to(state.dtype) for t in tensors[:-1])
         return delta_chunked(q, k, v, log_alpha, beta, state, at)
 

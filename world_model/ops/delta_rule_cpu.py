@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from world_model.ops.delta_rule_reads import reads_by_chunk
-from world_model.ops.native import once
+from world_model.ops.native import forbid_double_backward
 
 _CHUNK = 16  # as in delta.cpp
 
@@ -72,7 +72,7 @@ class _Delta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        once()
+        forbid_double_backward()
         q, k, v, log_alpha, beta, state, out, saved = ctx.saved_tensors
         shape = _shape(q, k, v, ctx.at)
         dout, dfinal = (None if x is None else x.contiguous() for x in (dout, dfinal))
@@ -152,7 +152,7 @@ class _Mixing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
-        once()
+        forbid_double_backward()
         *given, out, saved, final = ctx.saved_tensors
         gains = tuple(x.contiguous() for x in gains)
         grads = [x.new_empty(x.shape) for x in given]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from world_model.ops.constants import constant
 from world_model.ops.delta_rule_reads import reads_by_chunk
-from world_model.ops.native import once, recorded
+from world_model.ops.native import forbid_double_backward, needs_grad
 from world_model.ops.triton_primitives import dot
 
 _CHUNK = 16  # keys that are written at once, and reads that are answered at once
@@ -107,10 +107,10 @@ def _forward(  # type: ignore[no-untyped-def]
         in_t = t < total
         key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
         value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        rate = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
-        force = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
+        log_alpha_t = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
+        beta_t = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
         key = key.to(tl.float32)
-        g, end, _, _, _, u = _written(key, value.to(tl.float32), rate, force, memory, C)
+        g, end, _, _, _, u = _written(key, value.to(tl.float32), log_alpha_t, beta_t, memory, C)
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
             in_r = r + i < last
@@ -147,15 +147,15 @@ def _backward(  # type: ignore[no-untyped-def]
         memory = tl.load(saved + (row * chunks + c) * E * D + here, mask=inside, other=0.0)
         key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
         value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        rate = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
-        force = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
+        log_alpha_t = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
+        beta_t = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
         key = key.to(tl.float32)
-        g, end, alike, inverse, wrong, u = _written(key, value.to(tl.float32), rate, force, memory, C)
+        g, end, alike, inverse, wrong, u = _written(key, value.to(tl.float32), log_alpha_t, beta_t, memory, C)
 
         # Where an exponent has +g_i a key's gradient is ``later``, where it has -g_j ``earlier``: then dg is k . both.
         left = tl.exp(end - g)[:, None]
         du, earlier = left * dot(key, dmemory), left * dot(u, tl.trans(dmemory))
-        drate = tl.zeros([C], tl.float32) + tl.exp(end) * tl.sum(dmemory * memory) + tl.sum(key * earlier)
+        dlog_alpha_t = tl.zeros([C], tl.float32) + tl.exp(end) * tl.sum(dmemory * memory) + tl.sum(key * earlier)
         dmemory = tl.exp(end) * dmemory
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
@@ -170,7 +170,7 @@ def _backward(  # type: ignore[no-untyped-def]
             dquery = dot(dscore, key) + old[:, None] * dot(gain, tl.trans(memory))
             du += dot(tl.trans(new * dot(query, tl.trans(key))), gain)
             earlier += dot(tl.trans(dscore), query)
-            drate += tl.sum(tl.where(i[None, :] < n[:, None], tl.sum(query * dquery, 1)[:, None], 0.0), 0)
+            dlog_alpha_t += tl.sum(tl.where(i[None, :] < n[:, None], tl.sum(query * dquery, 1)[:, None], 0.0), 0)
             dmemory += dot(tl.trans(old[:, None] * query), gain)
             dquery_at = dq + (part * reads + which[:, None]) * D + d[None, :]
             tl.store(dquery_at, dquery, mask=in_r[:, None] & in_d[None, :])
@@ -178,19 +178,19 @@ def _backward(  # type: ignore[no-untyped-def]
         du = dot(tl.trans(inverse), du)  # from here on of the right side
         dlower = -dot(du, tl.trans(u))  # counts where ``alike`` does, below the diagonal
         gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
-        dalike = force[:, None] * tl.exp(gap) * dlower
-        later = dot(dalike, key) - (force * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
+        dalike = beta_t[:, None] * tl.exp(gap) * dlower
+        later = dot(dalike, key) - (beta_t * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
         earlier += dot(tl.trans(dalike), key)
-        dmemory -= dot(tl.trans(key), (force * tl.exp(g))[:, None] * du)
+        dmemory -= dot(tl.trans(key), (beta_t * tl.exp(g))[:, None] * du)
         dg = tl.sum(key * (later - earlier), 1)  # summed up by no scan: github.com/triton-lang/triton/issues/4362
-        drate += tl.sum(tl.where(i[:, None] >= i[None, :], dg[:, None], 0.0), 0)
-        dforce = tl.sum(du * wrong, 1) + tl.sum(dlower * alike, 1)
+        dlog_alpha_t += tl.sum(tl.where(i[:, None] >= i[None, :], dg[:, None], 0.0), 0)
+        dbeta_t = tl.sum(du * wrong, 1) + tl.sum(dlower * alike, 1)
         dkey_at = dk + (part * total + t[:, None]) * D + d[None, :]
         dvalue_at = dv + (row * total + t[:, None]) * E + e[None, :]
         tl.store(dkey_at, later + earlier, mask=in_t[:, None] & in_d[None, :])
-        tl.store(dvalue_at, force[:, None] * du, mask=in_t[:, None] & in_e[None, :])
-        tl.store(dlog_alpha + part * total + t, drate, mask=in_t)
-        tl.store(dbeta + part * total + t, dforce, mask=in_t)
+        tl.store(dvalue_at, beta_t[:, None] * du, mask=in_t[:, None] & in_e[None, :])
+        tl.store(dlog_alpha + part * total + t, dlog_alpha_t, mask=in_t)
+        tl.store(dbeta + part * total + t, dbeta_t, mask=in_t)
     tl.store(dstate + row * E * D + here, dmemory, mask=inside)
 
 
@@ -248,7 +248,7 @@ class _Delta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        once()
+        forbid_double_backward()
         *given, saved = ctx.saved_tensors
         q, k, v, log_alpha, beta, state = _ready(*given)
         (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
@@ -283,9 +283,9 @@ def delta_triton(
     """
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     tensors = (q, k, v, log_alpha, beta, state)
-    if d > (most := 128 if recorded(*tensors) else 256):
+    if d > (most := 128 if needs_grad(*tensors) else 256):
         raise ValueError(f"a head of this kernel has at most {most} numbers here, got {d}")
-    if recorded(*tensors):
+    if needs_grad(*tensors):
         return _Delta.apply(*tensors, tuple(at))  # type: ignore[no-any-return]
     q, k, v, log_alpha, beta, state = _ready(*tensors)
     if total > _CHUNK and d <= 128:

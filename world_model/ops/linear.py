@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from world_model.ops.native import compiled, once
+from world_model.ops.native import compiled, forbid_double_backward
 
 KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
@@ -125,7 +125,7 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-class Standing:
+class PreallocatedMLP:
     """A chain for a loop that does nothing else: its buffers stand, and gradients go straight to the weights' ``grad``.
 
     Weights and their gradients must stay where they are in memory.
@@ -183,7 +183,7 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        once()
+        forbid_double_backward()
         plan = ctx.plan
         beside, *tensors = ctx.saved_tensors
         xs, weights = tensors[: len(plan)], tensors[len(plan) :]

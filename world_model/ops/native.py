@@ -26,11 +26,11 @@ FOLDER = Path(__file__).with_name("cpp")
 CHOICES = ("auto", "torch", "native", "eager")
 
 
-class NotHere(RuntimeError):
+class KernelUnavailable(RuntimeError):
     """Native code can't be had on this machine; says why."""
 
 
-def wanted() -> str:
+def kernel_choice() -> str:
     """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", "native" (or an error), or
     "eager" (as "auto", but a GPU launches each kernel and replays no graph).
 
@@ -48,7 +48,7 @@ def library(name: str) -> ctypes.CDLL:
     source = FOLDER / f"{name}.cpp"
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None and not os.environ.get("CXX"):
-        raise NotHere("there is no C++ compiler (Debian and Ubuntu: apt-get install g++)")
+        raise KernelUnavailable("there is no C++ compiler (Debian and Ubuntu: apt-get install g++)")
     texts = [path.read_text() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
     key = hashlib.sha256("\0".join([*texts, source.name, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     try:
@@ -57,12 +57,12 @@ def library(name: str) -> ctypes.CDLL:
             with suppress(OSError):  # damaged: it is built anew
                 return ctypes.CDLL(str(built))
     except (OSError, RuntimeError) as error:
-        raise NotHere(f"there is no folder to keep it in ({error}): set XDG_CACHE_HOME to one") from error
+        raise KernelUnavailable(f"there is no folder to keep it in ({error}): set XDG_CACHE_HOME to one") from error
     _compile(compiler, source, built)
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
-        raise NotHere(f"{built} can't be loaded ({error})") from error
+        raise KernelUnavailable(f"{built} can't be loaded ({error})") from error
 
 
 _said: list[str] = []
@@ -72,7 +72,7 @@ _said: list[str] = []
 def _available(name: str) -> ctypes.CDLL | None:
     try:
         return library(name)
-    except NotHere as error:
+    except KernelUnavailable as error:
         if not _said:  # once, whichever file it was
             print(f"kairos_gym works in plain torch, which is slower: {error}", file=sys.stderr)
         _said.append(name)
@@ -86,8 +86,8 @@ def available(name: str) -> ctypes.CDLL | None:
 
     Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
     """
-    choice = wanted()
-    if torch.is_autocast_enabled("cpu") or transformed():
+    choice = kernel_choice()
+    if torch.is_autocast_enabled("cpu") or under_transform():
         return None
     match choice:
         case "torch":
@@ -107,11 +107,11 @@ def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
     return available(name)
 
 
-def on_gpu(*tensors: Tensor) -> bool:
+def use_triton(*tensors: Tensor) -> bool:
     """Whether Triton's kernels may have these: on the GPU in use, none a double, and nobody asked for torch."""
     here = all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
     here = here and {t.get_device() for t in tensors} == {torch.cuda.current_device()}
-    return here and wanted() != "torch" and _triton() and not transformed()
+    return here and kernel_choice() != "torch" and _triton() and not under_transform()
 
 
 @cache
@@ -119,24 +119,24 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
-def transformed() -> bool:
+def under_transform() -> bool:
     """Whether forward-mode AD or one of torch.func's transforms is at work, which kernels know nothing of."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def recorded(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     """Whether somebody may want gradients of what is made of these."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def exact(like: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Without autocast: where roundings would add up from step to step."""
     kind = like.device.type
     low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if low else nullcontext()
 
 
-def once() -> None:
+def forbid_double_backward() -> None:
     """At the head of a backward pass that can't be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError("compiled layers have no second derivatives: set KAIROS_KERNELS=torch to have them")
@@ -149,12 +149,14 @@ def _compile(compiler: list[str], source: Path, built: Path) -> None:
             part = Path(folder) / built.name
             done = subprocess.run([*compiler, *FLAGS, str(source), "-o", str(part)], capture_output=True, text=True)
             if done.returncode:
-                raise NotHere(f"{' '.join(compiler)} can't compile {source.name}: {done.stderr.strip()[-500:]}")
+                raise KernelUnavailable(
+                    f"{' '.join(compiler)} can't compile {source.name}: {done.stderr.strip()[-500:]}"
+                )
             with part.open("rb") as file:
                 os.fsync(file)  # all of it, before it has its name
             os.replace(part, built)
     except OSError as error:
-        raise NotHere(f"{source.name} can't be compiled ({error})") from error
+        raise KernelUnavailable(f"{source.name} can't be compiled ({error})") from error
 
 
 def _cache() -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from world_model.ops.native import once
+from world_model.ops.native import forbid_double_backward
 
 
 class _Call(ctypes.Structure):
@@ -53,7 +53,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
-        once()
+        forbid_double_backward()
         world, action, bias = ctx.saved_tensors
         gains = tuple(x.contiguous() for x in gains)
         grads = [x.new_empty(x.shape) for x in (world, action, bias)]

@@ -15,8 +15,8 @@ from torch import Tensor
 from world_model.contract import Imagined
 from world_model.noise import normal
 from world_model.ops.flow import shift, shift_factor
-from world_model.ops.native import available, recorded
-from world_model.runtime.weight_cache import Frozen, forget, made
+from world_model.ops.native import available, needs_grad
+from world_model.runtime.weight_cache import WeightCache, forget, made
 from world_model.state import LatentState
 
 _SIZES = (
@@ -26,7 +26,7 @@ _SIZES = (
 _version = attrgetter("_version")
 
 
-def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
+def compiled_step(model: Any, state: LatentState, *inputs: Tensor) -> CompiledStep | None:
     """The compiled form of a model's verbs; None where torch has to do it.
 
     That is where weights aren't frozen or somebody wants a gradient, on a GPU, in another precision, for a state that
@@ -36,20 +36,20 @@ def fused(model: Any, state: LatentState, *inputs: Tensor) -> Fused | None:
     """
     if inputs and not inputs[0].is_cpu:
         return None
-    if recorded(*state.tensors.values(), *inputs):
+    if needs_grad(*state.tensors.values(), *inputs):
         return None
     library = available("dream")
     if library is None:
         return None
     form = made.get(model)
-    if not isinstance(form, Fused) or form.stale(model):
+    if not isinstance(form, CompiledStep) or form.stale(model):
         weights = [*_tensors(model), model.terminates]
         if any(t.requires_grad or t.is_inference() for t in weights):
             forget(model)
             return None  # an optimiser may write them, or anybody, without a count of it
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in weights[:-1]):
             return None
-        form = made[model] = Fused(model, library)
+        form = made[model] = CompiledStep(model, library)
     return form if form.takes(state) else None
 
 
@@ -75,7 +75,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-class Fused(Frozen):
+class CompiledStep(WeightCache):
     """The weights of one WorldModel as they are when it is made, packed for dream.cpp."""
 
     def __init__(self, model: Any, library: ctypes.CDLL):
@@ -95,9 +95,7 @@ class Fused(Frozen):
             )
         )
         self._layers = [
-            f"{i}.{name}"
-            for i, letter in enumerate(config.pattern)
-            for name in (("S",) if letter == "G" else ("k", "v"))
+            f"{i}.{name}" for i, kind in enumerate(config.pattern) for name in (("S",) if kind == "G" else ("k", "v"))
         ]
         self._Pointers = ctypes.c_void_p * len(self._layers)
 
@@ -170,21 +168,23 @@ def _tensors(model: Any) -> list[Tensor]:
     tokens, scaling = model.tokens, model.scaling
     out = [
         *both(tokens.clean_in, tokens.noisy_in, tokens.level_in),
-        tokens.place,
+        tokens.position,
         *both(tokens.action_in),
-        tokens.begin,
+        tokens.no_action,
     ]
     out += both(tokens.norm, tokens.out)
     for block in model.trunk.blocks:
-        out += both(block.world.norm, block.world.enter, block.world.leave, block.action.norm, block.action.enter)
-        out += [] if block.last else both(block.action.leave)
-        out.append(block.log_rate if block.letter == "G" else block.offsets)
-    judge = model.outcome.layers
-    out += both(model.outcome_memory, judge[0], judge[2], judge[4])
+        out += both(
+            block.world.norm, block.world.in_proj, block.world.out_proj, block.action.norm, block.action.in_proj
+        )
+        out += [] if block.last else both(block.action.out_proj)
+        out.append(block.log_rate if block.kind == "G" else block.relative_bias)
+    predict_reward = model.reward_head.layers
+    out += both(model.memory_reward_head, predict_reward[0], predict_reward[2], predict_reward[4])
     if model.draft is not None:
-        out += both(model.draft.enter)
+        out += both(model.draft.in_proj)
         for block in model.draft.blocks:
-            out += both(block.norm, block.enter, block.leave)
-        out += both(model.draft.leave)
+            out += both(block.norm, block.in_proj, block.out_proj)
+        out += both(model.draft.out_proj)
     out += [scaling.obs_mean, scaling.obs_std, scaling.step_std, scaling.obs_low, scaling.obs_high]
-    return [*out, scaling.action_low, scaling.action_high, scaling.reward_mean, scaling.reward_std, model.error]
+    return [*out, scaling.action_low, scaling.action_high, scaling.reward_mean, scaling.reward_std, model.draft_error]

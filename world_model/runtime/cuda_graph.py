@@ -13,8 +13,8 @@ from torch import Tensor
 
 from world_model.contract import Imagined
 from world_model.ops.constants import held
-from world_model.ops.native import recorded, transformed, wanted
-from world_model.runtime.weight_cache import Frozen, forget, made
+from world_model.ops.native import kernel_choice, needs_grad, under_transform
+from world_model.runtime.weight_cache import WeightCache, forget, made
 from world_model.state import LatentState
 
 MOST = 8  # graphs a model: each has memory of its own for a whole pass
@@ -24,7 +24,7 @@ _lock = Lock()  # a graph reads and writes memory of its own, and two captures a
 _failed: list[Any] = []  # captures that broke off: torch's allocator goes on asking them, and is in no state for more
 
 
-def graphed(model: Any, state: LatentState, actions: Tensor) -> Graphs | None:
+def cuda_graphs(model: Any, state: LatentState, actions: Tensor) -> CudaGraphs | None:
     """The graphs of a model's imagine; None where each kernel has to be launched.
 
     That is with ``KAIROS_KERNELS=eager`` or ``torch``, where weights aren't frozen or somebody wants a gradient, for a
@@ -33,20 +33,20 @@ def graphed(model: Any, state: LatentState, actions: Tensor) -> Graphs | None:
     Weights may be written in place. Other settings of torch, such as TF32, stay as they were when a graph was captured,
     until a ``forget``.
     """
-    if not actions.is_cuda or _failed or torch.compiler.is_compiling() or transformed():
+    if not actions.is_cuda or _failed or torch.compiler.is_compiling() or under_transform():
         return None
-    if wanted() in ("eager", "torch") or recorded(actions, *state.tensors.values()):
+    if kernel_choice() in ("eager", "torch") or needs_grad(actions, *state.tensors.values()):
         return None
     form = made.get(model)
-    if not isinstance(form, Graphs) or form.stale(model):
+    if not isinstance(form, CudaGraphs) or form.stale(model):
         forget(model)
         if any(p.requires_grad for p in model.parameters()):
             return None
-        form = made[model] = Graphs(model)
+        form = made[model] = CudaGraphs(model)
     return form if form.takes(state) else None
 
 
-class Repeated(Generic[T]):
+class CaptureCache(Generic[T]):
     """What is worth its making only for who comes again, of the last ``most`` keys that were asked for.
 
     It is made the second time that a key finds it missing; and the 4th, the 8th, ...: who goes round more than ``most``
@@ -70,12 +70,12 @@ class Repeated(Generic[T]):
         return self._made[key]
 
 
-class Graphs(Frozen):
+class CudaGraphs(WeightCache):
     """One model's graphs, by batch, K, kind of dream and precision."""
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self._graphs = Repeated[Graph | None](MOST)
+        self._graphs = CaptureCache[CudaGraph | None](MOST)
 
     def imagine(
         self, model: Any, state: LatentState, actions: Tensor, *, decode: bool, sampled: bool, flow_steps: int
@@ -91,18 +91,18 @@ class Graphs(Frozen):
         return state, imagined if decode else imagined._replace(obs=None)
 
 
-def _captured(model: Any, *args: Any) -> Graph | None:
+def _captured(model: Any, *args: Any) -> CudaGraph | None:
     """None, and none ever after, where it can't be; if more is wrong, launching each kernel will say so."""
     graph = torch.cuda.CUDAGraph()
     try:
-        return Graph(graph, model, *args)
+        return CudaGraph(graph, model, *args)
     except Exception as error:
         _failed.append(graph)
         print(f"kairos_gym dreams without CUDA graphs, which is slower: {error}", file=sys.stderr)
         return None
 
 
-class Graph:
+class CudaGraph:
     """One imagine with all that it reads and writes, captured."""
 
     @torch.inference_mode(False)  # its tensors serve whoever replays it: others are written in inference mode only
@@ -143,6 +143,7 @@ class Graph:
         self._actions.copy_(actions)
         self._graph.replay()
         after = LatentState({name: t.clone() for name, t in self._after.tensors.items()})
-        imagined = Imagined(*(t.clone() for t in self._imagined))
+        obs, reward, terminated, _ = self._imagined
+        imagined = Imagined(obs.clone(), reward.clone(), terminated.clone())
         # This waits for the copies too, so whoever is next, on whatever stream, finds the graph's tensors free.
         return (after, imagined) if bool(self._ready) else None

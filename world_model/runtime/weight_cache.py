@@ -12,7 +12,7 @@ from torch import Tensor
 from world_model.state import LatentState
 
 _wanted = attrgetter("requires_grad")
-made: WeakKeyDictionary[Any, Frozen] = WeakKeyDictionary()  # of each model: on a CPU one form, on a GPU another
+made: WeakKeyDictionary[Any, WeightCache] = WeakKeyDictionary()  # of each model: on a CPU one form, on a GPU another
 
 
 def forget(model: Any) -> None:
@@ -20,12 +20,12 @@ def forget(model: Any) -> None:
     made.pop(model, None)
 
 
-class Frozen:
+class WeightCache:
     """The weights of one WorldModel as they are when it is made. It holds no model, which would never be let go."""
 
     def __init__(self, model: Any):
         self._weights = [*model.parameters(), *model.buffers()]
-        self._known, self._place = self._signs(), model.tokens.place
+        self._known, self._place = self._signs(), model.tokens.position
         first = model.initial(1).tensors
         self._shapes = {name: (t.shape[1:], t.dtype) for name, t in first.items()}
         self._device = first["obs"].get_device()
@@ -37,7 +37,7 @@ class Frozen:
 
     def stale(self, model: Any) -> bool:
         """Whether a weight's data were exchanged, or a weight was thawed, since."""
-        return model.tokens.place is not self._place or self._signs() != self._known
+        return model.tokens.position is not self._place or self._signs() != self._known
 
     def takes(self, state: LatentState) -> bool:
         """Whether the state is one of this model's: who is asked next looks at no shape."""

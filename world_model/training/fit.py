@@ -23,12 +23,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from world_model.contract import Spec
-from world_model.episodes import Episodes, Starts
+from world_model.episodes import Episodes, StartStates
 from world_model.model.config import WorldModelConfig
 from world_model.model.draft import beta_nll
-from world_model.model.world_model import Guess, WorldModel, save_atomically
+from world_model.model.world_model import DraftPrediction, WorldModel, save_atomically
 from world_model.ops.flow import corrupt, shift, shift_factor, velocity_loss
-from world_model.ops.linear import Layer, Standing, chain
+from world_model.ops.linear import Layer, PreallocatedMLP, chain
 from world_model.ops.native import compiled
 from world_model.ops.window_attention import Layout
 
@@ -126,7 +126,7 @@ def fit(
         log.close()
     run.finish()
     first = episodes.starts()
-    model.starts = Starts(episodes.obs[first][:256, None], episodes.action[first][:256, None])
+    model.starts = StartStates(episodes.obs[first][:256, None], episodes.action[first][:256, None])
     _expect_finite(dict(model.named_parameters()), total)
     model.card = {
         **(card or {}),
@@ -206,7 +206,7 @@ class Run:
     def __init__(self, model: WorldModel, episodes: Episodes, train: FitConfig, out: Path, recipe: str):
         self.model, self.episodes, self.train, self.out, self.recipe = model, episodes, train, out, recipe
         self.cpu_seconds = 0.0
-        first = {"draft", "outcome"}
+        first = {"draft", "reward_head"}
         self.groups = [
             {name: p for name, p in model.named_parameters() if (name.split(".")[0] in first) == early}
             for early in (True, False)
@@ -225,8 +225,8 @@ class Run:
         self.scaled = replace(
             episodes, obs=model.scaling.obs(episodes.obs), action=model.scaling.action(episodes.action)
         )
-        self.standing: dict[str, Standing | Callable[[list[Tensor]], Tensor]] = {}
-        self.foreseen: tuple[Tensor, Tensor] | None = None
+        self.standing: dict[str, PreallocatedMLP | Callable[[list[Tensor]], Tensor]] = {}
+        self.draft_cache: tuple[Tensor, Tensor] | None = None
 
     def update(self, step: int) -> dict[str, Tensor]:
         """One optimiser step; all it draws is a function of (seed, step)."""
@@ -256,7 +256,7 @@ class Run:
         total: Tensor = sum(losses.values())  # type: ignore[assignment]
         total.backward()
         for form in self.standing.values():
-            if isinstance(form, Standing):
+            if isinstance(form, PreallocatedMLP):
                 form.backward()
 
     def _chunk_length(self, step: int) -> int:
@@ -272,8 +272,8 @@ class Run:
         before, after = data.obs.index_select(0, rows - 1), data.obs.index_select(0, rows)
         action = data.action.index_select(0, rows)
         change = (after - before) / model.scaling.step_std
-        outcome = self._through("outcome", [before, action, change, after])
-        losses = self._outcome_losses(outcome, data.reward[rows], data.terminated[rows], torch.ones(len(rows)))
+        reward_head = self._through("reward_head", [before, action, change, after])
+        losses = self._reward_losses(reward_head, data.reward[rows], data.terminated[rows], torch.ones(len(rows)))
         if model.draft is not None:
             sees = [before, action]
             if model.draft.frames > 1:
@@ -291,12 +291,12 @@ class Run:
         """One of the first phase's nets; where it stands in compiled code, without a graph behind its output."""
         form = self.standing.get(name)
         if form is None:
-            draft, outcome = self.model.draft, self.model.outcome
-            layers = outcome.chain() if name == "outcome" or draft is None else draft.layers()
+            draft, reward_head = self.model.draft, self.model.reward_head
+            layers = reward_head.chain() if name == "reward_head" or draft is None else draft.layers()
             library = compiled("dense", self.flat[0])
-            form = Standing(library, layers, len(parts[0])) if library else partial(_joined, layers)
+            form = PreallocatedMLP(library, layers, len(parts[0])) if library else partial(_joined, layers)
             self.standing[name] = form
-        return form.forward(parts) if isinstance(form, Standing) else form(parts)
+        return form.forward(parts) if isinstance(form, PreallocatedMLP) else form(parts)
 
     def _memory_losses(self, chunk: int) -> dict[str, Tensor]:
         train, model, g = self.train, self.model, self.generator
@@ -310,8 +310,8 @@ class Run:
             for x in (obs[:, 1:], obs[:, :-1], actions[:, 1:], reward[:, 1:], ended[:, 1:], valid[:, 1:].float())
         )
         with torch.no_grad():
-            guess = self._guess(at, before[:, :, 0], play)
-            clean = (target - guess.mean) / guess.scale
+            predict_draft = self._guess(at, before[:, :, 0], play)
+            clean = (target - predict_draft.mean) / predict_draft.scale
             # Half of the chunks practise the mean dream: all noise, but from zero, the noise's mean.
             mean = torch.rand(*clean.shape[:2], 1, 1, generator=g) < 0.5
             s = shift(torch.rand(mean.shape, generator=g), shift_factor(chunk, model.config.tokens)).masked_fill(
@@ -321,29 +321,29 @@ class Run:
             z = corrupt(clean, eps, s)
         first = torch.zeros(obs.shape[:2], dtype=torch.bool)
         first[:, 0] = True
-        residual, features, _ = model.refine(layout, z, s, guess, play, (obs, actions, first))
+        residual, features, _ = model.refine(layout, z, s, predict_draft, play, (obs, actions, first))
         flow = (velocity_loss(residual, clean, s).mean(-1) * weight).sum() / weight.sum()
         with torch.no_grad():
-            base = model.judge(before, play, target, None)
-        outcome = base + model.outcome_memory(features)
-        return {"flow": flow, **self._outcome_losses(outcome, gain, end, weight)}
+            base = model.predict_reward(before, play, target, None)
+        reward_head = base + model.memory_reward_head(features)
+        return {"flow": flow, **self._reward_losses(reward_head, gain, end, weight)}
 
-    def _guess(self, at: Tensor, start: Tensor, play: Tensor) -> Guess:
+    def _guess(self, at: Tensor, start: Tensor, play: Tensor) -> DraftPrediction:
         """The draft's of the chunks of the windows at frames ``at`` [B], from ``start`` [B,C,O], playing [B,C,K,A]."""
         model, chunk = self.model, play.shape[2]
         if model.draft is None:
-            return model.guess(start, play)
-        if self.foreseen is None:
-            self.foreseen = self._foresee(True)
-            self.unled = self._foresee(False) if model.config.draft_frames > 1 else self.foreseen
+            return model.predict_draft(start, play)
+        if self.draft_cache is None:
+            self.draft_cache = self._predict_all(True)
+            self.unled = self._predict_all(False) if model.config.draft_frames > 1 else self.draft_cache
         rows = torch.minimum(at[:, None] + chunk * torch.arange(play.shape[1]), (at + self.episodes.left[at])[:, None])
-        mean, std = (x[rows, :chunk] for x in self.foreseen)
+        mean, std = (x[rows, :chunk] for x in self.draft_cache)
         if model.config.draft_frames > 1:  # of what came before a window a dream knows nothing
             mean[:, 0], std[:, 0] = (x[at, :chunk] for x in self.unled)
-        return model.guessed(start, mean, std)
+        return model.draft_prediction(start, mean, std)
 
     @torch.no_grad()
-    def _foresee(self, led: bool) -> tuple[Tensor, Tensor]:
+    def _predict_all(self, led: bool) -> tuple[Tensor, Tensor]:
         """What the draft, which is frozen by now, says from every frame on -> mean, std [F,K,O].
 
         Told once, it need not be asked in every update. led: whether it knows the frame before.
@@ -359,12 +359,12 @@ class Run:
         means, variances = (torch.cat(x) for x in zip(*told, strict=True))
         return means, variances.sqrt_()
 
-    def _outcome_losses(self, outcome: Tensor, reward: Tensor, ended: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def _reward_losses(self, reward_head: Tensor, reward: Tensor, ended: Tensor, weight: Tensor) -> dict[str, Tensor]:
         scaling = self.model.scaling
-        wrong = (outcome[..., 0] - (reward - scaling.reward_mean) / scaling.reward_std).square()
+        wrong = (reward_head[..., 0] - (reward - scaling.reward_mean) / scaling.reward_std).square()
         losses = {"reward": (wrong * weight).sum() / weight.sum()}
         if self.model.terminates:
-            cross = F.binary_cross_entropy_with_logits(outcome[..., 1], ended.float(), reduction="none")
+            cross = F.binary_cross_entropy_with_logits(reward_head[..., 1], ended.float(), reduction="none")
             losses["terminated"] = (cross * weight).sum() / weight.sum()
         return losses
 
@@ -379,9 +379,11 @@ class Run:
         obs, actions, _, _, valid = data.windows(at, k + 1)
         obs = model.scaling.obs(obs)
         earlier = model.scaling.obs(data.obs[at - (data.index[at] > 0).long()])
-        wrong = (obs[:, 1:] - model.guess(obs[:, 0], model.scaling.action(actions[:, 1:]), earlier).mean).square()
+        wrong = (
+            obs[:, 1:] - model.predict_draft(obs[:, 0], model.scaling.action(actions[:, 1:]), earlier).mean
+        ).square()
         weight = valid[:, 1:, None].float()
-        model.error.copy_(((wrong * weight).sum(0) / weight.sum(0)).sqrt().clamp_min(1e-5))
+        model.draft_error.copy_(((wrong * weight).sum(0) / weight.sum(0)).sqrt().clamp_min(1e-5))
 
     @torch.no_grad()
     def _settle(self, phase: int) -> None:

@@ -1,0 +1,38 @@
+"""Timing by turns: whatever else the machine does meanwhile meets all contenders alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Name = TypeVar("Name")
+
+
+def interleaved_rates(
+    jobs: Mapping[Name, Callable[[], float]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.thread_time,
+    warmup: bool = True,
+) -> dict[Name, list[float]]:
+    """Run all jobs once a round -> the units that each did a second, round by round.
+
+    jobs: each returns how many units (steps, bytes, ...) it did. clock: thread CPU time unless another is given.
+    warmup: an uncounted first round.
+    """
+    rates: dict[Name, list[float]] = {name: [] for name in jobs}
+    for number in range(-int(warmup), rounds):
+        for name, job in jobs.items():
+            start = clock()
+            units = job()
+            seconds = max(clock() - start, 1e-9)
+            if number >= 0:
+                rates[name].append(units / seconds)
+    return rates
+
+
+def median_ratio(rates: list[float], others: list[float]) -> float:
+    """How many times as fast, paired by round."""
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
