@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -9,10 +11,10 @@ BLUE, ORANGE, GREEN, PURPLE, OCHRE = "#2563a8", "#c2410c", "#15803d", "#9d6bb8",
 INK, GREY, PALE, LIGHT_BLUE = "#1c2430", "#8a94a3", "#b9c2ce", "#9bbbe0"
 
 
-def panels(size: tuple[float, float], count: int = 1, **grid: object) -> tuple[Figure, list[Axes]]:
+def panels(size: tuple[float, float], count: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
     """Axes in a row. size: inches; grid: what else ``Figure.subplots`` takes."""
     figure = Figure(figsize=size, layout="constrained")
-    row: list[Axes] = list(figure.subplots(1, count, squeeze=False, **grid)[0])  # type: ignore[arg-type]
+    row: list[Axes] = list(figure.subplots(1, count, squeeze=False, **grid)[0])
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(PALE)
