@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from world_model.ops.native import available, use_triton
+from world_model.ops.dispatch import native_library, use_triton
 
 Cell = str | int | float
 
@@ -126,7 +126,7 @@ def machine() -> str:
         gpu = f", {torch.cuda.get_device_name()} with {kernels} kernels"
     return (
         f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
-        f"{'native' if available('dream') else 'torch'} kernels{gpu}; {platform.system()}, "
+        f"{'native' if native_library('dream') else 'torch'} kernels{gpu}; {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, kairos_gym {version('kairos_gym')}"
     )
 

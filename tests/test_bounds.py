@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from kairos_gym.evaluation.memory_bounds import MemoryDrift, memory_drift, window_floor
+from kairos_gym.evaluation.memory_bounds import MemoryDrift, _writes, memory_drift, window_floor
 from world_model.state import LatentState
 
 PATTERNS = ["G", "GG", "SG", "DG", "GS", "SGDG", "GDGS"]
@@ -83,8 +83,8 @@ def test_the_bound_is_attained_across_the_keys() -> None:
     frames, play = torch.randn(1, 1, 3).double(), torch.zeros(1, 1, 2).double()
     state = model.observe(model.initial(1), frames, play)
     block = next(iter(model.trunk.blocks))
-    keys, *_ = block.written(
-        model.tokens.clean(model.scaling.obs(frames)), model.tokens.actions(model.scaling.action(play))
+    keys, *_ = _writes(
+        block, model.tokens.clean(model.scaling.obs(frames)), model.tokens.actions(model.scaling.action(play))
     )
     across = torch.linalg.svd(keys[0, 0], full_matrices=True).Vh[-1]  # a direction that no token's key has a part in
     moved = state["0.S"].clone()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from world_model.ops import native
-from world_model.ops.delta_rule import delta, delta_chunked, delta_recurrent
+from world_model.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 
 NAMES = ("q", "k", "v", "log_alpha", "beta", "state")
 
@@ -58,7 +58,7 @@ def test_chunked_is_recurrent(
 ) -> None:
     reads = None if at is None else [round(x * total) for x in at]  # unsorted, repeated, 0 and the end among them
     args = inputs(total, total if reads is None else len(reads), seed=seed, spread=spread, forget=forget, write=write)
-    slow, fast = delta_recurrent(*args, at=reads), delta_chunked(*args, at=reads, chunk=chunk)
+    slow, fast = delta_rule_recurrent(*args, at=reads), delta_rule_chunked(*args, at=reads, chunk=chunk)
     g = torch.Generator().manual_seed(seed)
     loss_slow = loss_fast = torch.zeros((), dtype=torch.float64)
     for a, b in zip(slow, fast, strict=True):
@@ -73,7 +73,7 @@ def test_chunked_is_recurrent(
 def test_recurrence_is_the_formula() -> None:
     """S_t = alpha S (I - beta k k^T) + beta v k^T, o = S q / sqrt(d), written with matrices."""
     q, k, v, log_alpha, beta, state = (x.detach() for x in inputs(4, 4))
-    out, final = delta_recurrent(q, k, v, log_alpha, beta, state)
+    out, final = delta_rule_recurrent(q, k, v, log_alpha, beta, state)
     for b in range(2):
         for h in range(2):
             s = state[b, h]
@@ -88,8 +88,8 @@ def test_recurrence_is_the_formula() -> None:
 @pytest.mark.parametrize("forget", [0.0, 40.0], ids=["never forgets", "forgets at once"])
 def test_float32_stays_finite_where_keys_are_the_same(forget: float) -> None:
     args = inputs(128, 128, spread=0.0, forget=forget, write=15.0, dtype=torch.float32)
-    out, final = delta_chunked(*args, chunk=64)
-    torch.testing.assert_close(out, delta_recurrent(*args)[0], rtol=1e-3, atol=1e-3)
+    out, final = delta_rule_chunked(*args, chunk=64)
+    torch.testing.assert_close(out, delta_rule_recurrent(*args)[0], rtol=1e-3, atol=1e-3)
     for x in (final, *torch.autograd.grad(out.sum() + final.sum(), args)):
         assert x.isfinite().all()
 
@@ -100,7 +100,7 @@ def test_a_perturbation_shrinks_by_the_product_of_alphas(total: int, seed: int, 
     q, k, v, log_alpha, beta, state = (x.detach() for x in inputs(total, 0, seed=seed, spread=spread))
     g = torch.Generator().manual_seed(seed)
     off = torch.randn(state.shape, generator=g, dtype=torch.float64)
-    moved = [delta_chunked(q, k, v, log_alpha, beta, s, [])[1] for s in (state, state + off)]
+    moved = [delta_rule_chunked(q, k, v, log_alpha, beta, s, [])[1] for s in (state, state + off)]
     before, after = (torch.linalg.matrix_norm(x, ord=2) for x in (off, moved[1] - moved[0]))
     assert (after <= before * log_alpha.sum(-1).exp() + 1e-12).all()
 
@@ -110,7 +110,7 @@ def test_what_no_key_touches_shrinks_by_exactly_that() -> None:
     k = F.normalize(k * torch.tensor([1.0, 1, 1, 1, 0]), dim=-1)
     off = torch.zeros_like(state)
     off[..., 4] = 1
-    moved = [delta_chunked(q, k, v, log_alpha, beta, s, [])[1] for s in (state, state + off)]
+    moved = [delta_rule_chunked(q, k, v, log_alpha, beta, s, [])[1] for s in (state, state + off)]
     torch.testing.assert_close(moved[1] - moved[0], off * log_alpha.sum(-1).exp()[..., None, None])
 
 
@@ -120,7 +120,7 @@ def test_keys_may_forget_all(kernels: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KAIROS_KERNELS", kernels)
     args = [x.detach() for x in inputs(40, 40, d=8, e=8)]
     args[3][..., ::7], args[3][..., 3::11] = -1e4, -torch.inf
-    truth, fast = everything(delta_recurrent, args, None, 0), everything(delta, [x.float() for x in args], None, 0)
+    truth, fast = everything(delta_rule_recurrent, args, None, 0), everything(delta_rule, [x.float() for x in args], None, 0)
     for name, a, b in zip(("o", "S", *NAMES), truth, fast, strict=True):
         torch.testing.assert_close(b, a.nan_to_num(), rtol=1e-4, atol=1e-4, msg=f"{name} differs")
 
@@ -177,9 +177,9 @@ def test_compiled_is_recurrent(
     args = inputs(
         total, total if reads is None else len(reads), seed=seed, spread=spread, forget=forget, write=write, d=d, e=e
     )
-    truth = everything(delta_recurrent, args, reads, seed)
+    truth = everything(delta_rule_recurrent, args, reads, seed)
     single = [x.float() for x in args]
-    torch_form, ours = everything(delta_chunked, single, reads, seed), everything(delta, single, reads, seed)
+    torch_form, ours = everything(delta_rule_chunked, single, reads, seed), everything(delta_rule, single, reads, seed)
     for name, a, b, c in zip(("o", "final", *NAMES), truth, torch_form, ours, strict=True):
         if not a.numel():
             continue
@@ -205,23 +205,23 @@ def test_streamed_without_gradients_is_recurrent(
     args = inputs(total, total if reads is None else len(reads), seed=seed, write=write, d=d, e=e)
     q, k, v, log_alpha, beta, state = (x.float() for x in args)
     with torch.no_grad():
-        ours = delta(q, k, v, log_alpha, beta, state, reads)
-        for a, b in zip(delta_recurrent(*args, reads), ours, strict=True):
+        ours = delta_rule(q, k, v, log_alpha, beta, state, reads)
+        for a, b in zip(delta_rule_recurrent(*args, reads), ours, strict=True):
             torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("compiled")
 def test_compiled_takes_views_and_more_threads() -> None:
     args = [x.float() for x in inputs(40, 40, d=16, e=16)]
-    want = everything(delta, args, None, 0)
+    want = everything(delta_rule, args, None, 0)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in args[:3]]
     assert not views[0].is_contiguous()
-    got = everything(delta, [*views, *args[3:]], None, 0)
+    got = everything(delta_rule, [*views, *args[3:]], None, 0)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        threaded = everything(delta, args, None, 0)
+        threaded = everything(delta_rule, args, None, 0)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(want, threaded, strict=True))
@@ -229,7 +229,7 @@ def test_compiled_takes_views_and_more_threads() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_each_output_may_be_the_only_one_that_matters() -> None:
-    forms: Any = (delta_chunked, delta)
+    forms: Any = (delta_rule_chunked, delta_rule)
     args = [x.float() for x in inputs(20, 20)]
     for which in (0, 1):
         slow, fast = (
@@ -242,5 +242,5 @@ def test_each_output_may_be_the_only_one_that_matters() -> None:
 
 def test_doubles_go_through_torch() -> None:
     args = inputs(20, 20)
-    for a, b in zip(delta(*args), delta_chunked(*args), strict=True):
+    for a, b in zip(delta_rule(*args), delta_rule_chunked(*args), strict=True):
         assert torch.equal(a, b)

@@ -15,13 +15,13 @@ from torch import Tensor
 GPU = torch.cuda.is_available()
 pytest.importorskip("triton", exc_type=ImportError)
 
-from world_model.ops.delta_rule import delta, delta_chunked, delta_recurrent  # noqa: E402
-from world_model.ops.delta_rule_triton import delta_triton  # noqa: E402
+from world_model.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent  # noqa: E402
+from world_model.ops.delta_rule_triton import delta_rule_triton  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
-FORM: Any = delta_triton  # tensors may come as a list
-TRUTH: Any = delta_recurrent
-DOOR: Any = delta
+FORM: Any = delta_rule_triton  # tensors may come as a list
+TRUTH: Any = delta_rule_recurrent
+DISPATCHED: Any = delta_rule
 
 
 @pytest.fixture(autouse=True)
@@ -48,28 +48,28 @@ def test_streamed_is_recurrent(
     reads = list(range(1, total + 1)) if at is None else [round(x * total) for x in at]
     args = [x.detach() for x in inputs(total, len(reads), seed=seed, spread=spread, write=write, d=d, e=e)]
     q, k, v, log_alpha, beta, state = args
-    truth = delta_recurrent(q, k, v, log_alpha, beta, state, reads)
+    truth = delta_rule_recurrent(q, k, v, log_alpha, beta, state, reads)
     q, k, v, log_alpha, beta, state = (x.float().to(DEVICE) for x in args)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # a view
-    for a, b in zip(truth, delta_triton(q, k, v, log_alpha, beta, state, reads), strict=True):
+    for a, b in zip(truth, delta_rule_triton(q, k, v, log_alpha, beta, state, reads), strict=True):
         torch.testing.assert_close(b.double().cpu(), a, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_in_bfloat16_the_memory_in_float32() -> None:
     args = [x.detach() for x in inputs(10, 10, d=16, e=16)]
     q, k, v, log_alpha, beta, state = (x.to(DEVICE, torch.bfloat16) for x in args)
-    out, final = delta_triton(q, k, v, log_alpha, beta, state.float(), range(1, 11))
+    out, final = delta_rule_triton(q, k, v, log_alpha, beta, state.float(), range(1, 11))
     assert out.dtype == torch.bfloat16 and final.dtype == torch.float32
     q, k, v, log_alpha, beta, state = (x.double() for x in (q, k, v, log_alpha, beta, state))
-    truth = delta_recurrent(q, k, v, log_alpha, beta, state)
+    truth = delta_rule_recurrent(q, k, v, log_alpha, beta, state)
     torch.testing.assert_close(final.double().cpu(), truth[1].cpu(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.double().cpu(), truth[0].cpu(), rtol=2e-2, atol=2e-2)
 
 
 def test_with_no_keys_the_memory_is_no_copy() -> None:
     q, k, v, log_alpha, beta, state = (x.detach().float().to(DEVICE) for x in inputs(0, 3))
-    out, final = delta_triton(q, k, v, log_alpha, beta, state, [0, 0, 0])
-    torch.testing.assert_close(out, delta_recurrent(q, k, v, log_alpha, beta, state, [0, 0, 0])[0])
+    out, final = delta_rule_triton(q, k, v, log_alpha, beta, state, [0, 0, 0])
+    torch.testing.assert_close(out, delta_rule_recurrent(q, k, v, log_alpha, beta, state, [0, 0, 0])[0])
     assert final.data_ptr() == state.data_ptr()
 
 
@@ -100,9 +100,9 @@ def test_trained_is_recurrent(
     """About as near to the truth in float64 as the chunked torch form in float32 is."""
     reads = list(range(1, total + 1)) if at is None else [round(x * total) for x in at]
     args = inputs(total, len(reads), seed=seed, spread=spread, forget=forget, write=write, d=d, e=e)
-    truth = everything(delta_recurrent, args, reads, seed)
-    torch_form = everything(delta_chunked, [x.float() for x in args], reads, seed)
-    ours = everything(delta_triton, on_device(*args), reads, seed)
+    truth = everything(delta_rule_recurrent, args, reads, seed)
+    torch_form = everything(delta_rule_chunked, [x.float() for x in args], reads, seed)
+    ours = everything(delta_rule_triton, on_device(*args), reads, seed)
     for name, a, b, c in zip(("o", "final", *NAMES), truth, torch_form, ours, strict=True):
         if not a.numel():
             continue
@@ -125,8 +125,8 @@ def test_each_output_may_be_the_only_one_that_matters(which: int) -> None:
 def test_gradients_in_the_dtype_of_what_they_are_of() -> None:
     *tokens, state = (x.detach() for x in inputs(20, 20, d=16, e=16))
     half = [*(x.to(DEVICE, torch.bfloat16) for x in tokens), state.to(DEVICE, torch.float32)]
-    ours = everything(delta_triton, half, list(range(1, 21)), 0)
-    truth = everything(delta_recurrent, [x.double() for x in half], None, 0)
+    ours = everything(delta_rule_triton, half, list(range(1, 21)), 0)
+    truth = everything(delta_rule_recurrent, [x.double() for x in half], None, 0)
     for a, b in zip(truth, ours, strict=True):
         torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
     half = [x.requires_grad_() for x in half]
@@ -145,5 +145,5 @@ def test_second_derivatives_are_refused() -> None:
 def test_the_door_takes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAIROS_KERNELS", "torch")  # not the compiled form of a CPU
     monkeypatch.setattr("world_model.ops.delta_rule.on_gpu", lambda *_: True)
-    out, _ = DOOR(*(x.requires_grad_() for x in on_device(*inputs(20, 20))))
+    out, _ = DISPATCHED(*(x.requires_grad_() for x in on_device(*inputs(20, 20))))
     assert "_Delta" in type(out.grad_fn).__name__

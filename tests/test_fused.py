@@ -21,7 +21,7 @@ from torch import Tensor
 
 from world_model.contract import Imagined
 from world_model.model.world_model import WorldModel
-from world_model.ops import native
+from world_model.ops import dispatch, native
 from world_model.runtime.compiled_step import compiled_step
 from world_model.state import LatentState
 
@@ -120,13 +120,13 @@ def test_chunks_longer_than_the_windows(sizes: dict[str, Any]) -> None:
 def test_other_processors(without: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *without))
     native.library.cache_clear()
-    native._available.cache_clear()
+    dispatch._library_or_none.cache_clear()
     try:
         for pattern, head_dim in (("DD", 2), ("SGDG", 5), ("GS", 32), ("GD", 40)):
             assert_as(tiny_model(pattern, head_dim=head_dim, tokens=2), 26, 5, [2, 4])
     finally:
         native.library.cache_clear()
-        native._available.cache_clear()
+        dispatch._library_or_none.cache_clear()
 
 
 @pytest.fixture

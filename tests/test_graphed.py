@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from world_model.contract import Imagined
 from world_model.model.world_model import WorldModel
 from world_model.ops.constants import held, index
-from world_model.ops.delta_rule import delta_chunked
+from world_model.ops.delta_rule import delta_rule_chunked
 from world_model.runtime.cuda_graph import MOST, CaptureCache, CudaGraphs, cuda_graphs
 from world_model.runtime.weight_cache import made
 from world_model.state import LatentState
@@ -137,9 +137,9 @@ def test_reads_in_any_order(at: list[int], chunk: int) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 4, generator=g) for n in (8, 7, 7))
     rest = (-torch.rand(1, 2, 7, generator=g), torch.rand(1, 2, 7, generator=g), torch.randn(1, 2, 4, 4, generator=g))
-    out, _ = delta_chunked(q, k, v, *rest, at, chunk=chunk)
+    out, _ = delta_rule_chunked(q, k, v, *rest, at, chunk=chunk)
     order = sorted(range(8), key=at.__getitem__)
-    want, _ = delta_chunked(q[:, :, order], k, v, *rest, list(range(8)))
+    want, _ = delta_rule_chunked(q[:, :, order], k, v, *rest, list(range(8)))
     torch.testing.assert_close(out[:, :, order], want)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from world_model.model.config import WorldModelConfig
 from world_model.model.transformer import Block
 from world_model.ops import native
+from world_model.ops.layout import Layout, Streams
 from world_model.ops.linear import Layer, chain, norm_linear, silu_linear
-from world_model.ops.window_attention import Layout, attend
-from world_model.ops.window_attention_cpu import attend_streams
+from world_model.ops.window_attention import attend
+from world_model.ops.window_layer_cpu import window_layer_cpu
 
 try:
     native.library("dense")
@@ -172,7 +173,7 @@ def test_attention(batch: int, frames: int, tokens: int, heads: int, dim: int, a
         return torch.cat([out.new_zeros(batch, skip, inner), out], 1).unflatten(1, (frames, tokens + 1))
 
     def ours(world: Tensor, action: Tensor, bias: Tensor) -> Tensor:
-        return torch.cat(attend_streams(native.library("attention"), world, action, bias, skip), 2)
+        return torch.cat(window_layer_cpu(native.library("attention"), Streams(world, action), bias, skip), 2)
 
     compiled = everything(ours, [world, action, bias], [])
     truth = everything(plainly, [x.double() for x in (world, action, bias)], [])
@@ -214,10 +215,10 @@ def test_blocks(
     layout = Layout(clean, tuple(sorted(torch.randint(0, clean + 1, (chunks,)).tolist())), chunk)
     inputs = [torch.randn(2, layout.frames, tokens, 8), torch.randn(2, layout.frames, 1, 6)]
     if remembers:
-        inputs += [torch.randn_like(t) for t in block.empty(2, inputs[0]).values()]
+        inputs += [torch.randn_like(t) for t in block.mixing.empty(2, inputs[0]).values()]
 
     def whole(world: Tensor, action: Tensor, *memory: Tensor) -> Tensor:
-        names = dict(zip(block.names, memory, strict=True)) if remembers else None
+        names = dict(zip(block.mixing.names, memory, strict=True)) if remembers else None
         out = block(world, action, layout, names, torch.tensor([1, 40]) if remembers else None)
         return torch.cat([x.flatten() for x in (out[0], out[1], *out[2].values())])
 

@@ -16,11 +16,10 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from tiny import dreamt, tiny_model  # noqa: E402
 
-from world_model.model import transformer as mot  # noqa: E402
 from world_model.model.config import WorldModelConfig  # noqa: E402
 from world_model.model.transformer import Block  # noqa: E402
-from world_model.ops import delta_rule as delta  # noqa: E402
-from world_model.ops.window_attention import Layout  # noqa: E402
+from world_model.ops import delta_layer, delta_rule, window_layer  # noqa: E402
+from world_model.ops.layout import Layout, Streams  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -33,6 +32,15 @@ def unwritten() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def force_triton(patch: pytest.MonkeyPatch) -> None:
+    """Mix with the Triton kernels, on a CPU by interpretation, and never in torch."""
+    for module in (delta_layer, window_layer, delta_rule):
+        patch.setattr(module, "use_triton", lambda *_: True)
+        patch.setattr(module, "single_thread_library", lambda *_: None, raising=False)
+    for module in (delta_layer, window_layer):
+        patch.delattr(module, f"{module.__name__.rpartition('.')[2]}_torch")
+
+
 def layer(kind: str, last: bool, seed: int, **sizes: Any) -> Block:
     """A layer whose every weight is random."""
     torch.manual_seed(seed)
@@ -42,19 +50,28 @@ def layer(kind: str, last: bool, seed: int, **sizes: Any) -> Block:
     return block.to(DEVICE)
 
 
-def assert_as(block: Block, layout: Layout, ages: list[int], dtype: torch.dtype = torch.float32) -> None:
+def assert_as(
+    block: Block, layout: Layout, ages: list[int], dtype: torch.dtype = torch.float32, tokens: int = 1
+) -> None:
     """Of random tokens, splits of wider rows, onto a random memory."""
     parts = []
-    for count, stream in ((block.group - 1, block.world), (1, block.action)):
+    for count, stream in ((tokens, block.world), (1, block.action)):
         wide = torch.randn(len(ages), layout.frames, count, sum(stream.sizes)).to(DEVICE, dtype)
         parts.append(wide.split(stream.sizes, -1))
-    (qkv_w, gate_w, _), (qkv_a, gate_a, _) = parts
-    memory = {name: torch.randn_like(t) for name, t in block.empty(len(ages), torch.ones(1, device=DEVICE)).items()}
+    qkv, gates, _ = (Streams(*both) for both in zip(*parts, strict=True))
+    empty = block.mixing.empty(len(ages), torch.ones(1, device=DEVICE))
+    memory = {name: torch.randn_like(t) for name, t in empty.items()}
     age = torch.tensor(ages, device=DEVICE)
-    no_autocast: Any = copy.deepcopy(block).double()._mixed
-    tokens = (x.double() for x in (qkv_w, qkv_a, gate_w, gate_a))
-    truth = no_autocast(*tokens, layout, {name: t.double() for name, t in memory.items()}, age)
-    ours = block._streamed(qkv_w, qkv_a, gate_w, gate_a, layout, memory, age)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (delta_layer, window_layer):
+            patch.setattr(module, "use_triton", lambda *_: False)
+        exact: Any = copy.deepcopy(block.mixing).double()
+        wide_memory = {name: t.double() for name, t in memory.items()}
+        truth = exact(*(Streams(*(x.double() for x in part)) for part in (qkv, gates)), layout, wide_memory, age)
+    with pytest.MonkeyPatch.context() as patch:
+        force_triton(patch)
+        ours = block.mixing(qkv, gates, layout, memory, age)
+    truth, ours = (*truth[0], truth[1]), (*ours[0], ours[1])
     near = 2e-2 if dtype == torch.bfloat16 else 3e-5
     for a, b in zip(truth[:2], ours[:2], strict=True):
         assert b.dtype == dtype
@@ -86,7 +103,7 @@ def test_streamed_is_mixed(
     kind: str, last: bool, clean: bool, frames: int, ages: list[int], seed: int, dtype: torch.dtype, **sizes: int
 ) -> None:
     layout = Layout(frames) if clean else Layout(0, (0,), frames)
-    assert_as(layer(kind, last, seed, **sizes), layout, ages, dtype)
+    assert_as(layer(kind, last, seed, **sizes), layout, ages, dtype, sizes["tokens"])
 
 
 def test_windows_take_clean_frames_and_chunks_at_once() -> None:
@@ -96,8 +113,8 @@ def test_windows_take_clean_frames_and_chunks_at_once() -> None:
 
 def test_many_tokens() -> None:
     for kind in "SG":
-        assert_as(layer(kind, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1])
-        assert_as(layer(kind, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3])
+        assert_as(layer(kind, False, 2, head_dim=4, tokens=7, window=2), Layout(9), [1], tokens=7)
+        assert_as(layer(kind, False, 3, head_dim=4, tokens=7, window=2), Layout(0, (0,), 4), [3], tokens=7)
 
 
 @pytest.mark.parametrize("pattern", ["SGDG", "GS"])
@@ -116,9 +133,6 @@ def test_a_dream_goes_through_them(pattern: str, monkeypatch: pytest.MonkeyPatch
         return [*out, *state.tensors.values()]
 
     slow = dream()
-    for module in (mot, delta):
-        monkeypatch.setattr(module, "on_gpu", lambda *_: True)
-    for name in ("_mixed", "_delta", "_window"):
-        monkeypatch.delattr(Block, name)
+    force_triton(monkeypatch)
     for a, b in zip(slow, dream(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)

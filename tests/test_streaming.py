@@ -19,7 +19,7 @@ from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import DraftPrediction, WorldModel
 from world_model.noise import normal
-from world_model.ops.window_attention import Layout
+from world_model.ops.layout import Layout
 from world_model.state import LatentState
 from world_model.training.fit import FitConfig, fit
 

@@ -5,7 +5,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from world_model.ops.window_attention import Layout, attend, visible
+from world_model.ops.layout import Layout
+from world_model.ops.window_attention import attend, visible
 
 
 @given(

@@ -16,8 +16,8 @@ from torch import Tensor
 from world_model.spaces import flat_box
 
 StepFn = Callable[[Any, Any, Any], Any]
-"""``(obs [...,O], action [...,A], next_obs [...,O]) -> [...]`` of many simulator steps at once: a reward or a cost each,
-or whether the episode ends there. In torch, and where they say so in numpy."""
+"""``(obs [...,O], action [...,A], next_obs [...,O]) -> [...]`` for many simulator steps at once: each step's reward or
+cost, or whether the episode ends there. In torch, or in numpy where the caller says so."""
 
 # Letters, everywhere in this project: B batch (dreams), K steps in a chunk, H chunks planned, N candidates, T frames,
 # A action dim, O observation dim, P tokens per frame, D model width, L layers.
@@ -136,8 +136,8 @@ class Dynamics(Protocol):
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
     ``spec.action_box``, observations in those of ``spec.observation_box``. A Dynamics may also have ``starts``, real
     windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` that says
-    what made it, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.ConformalBound``) that bounds its
-    error.
+    what made it, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.ConformalBound``) that bounds
+    its error.
     """
 
     @property

@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore")  # that there is no GPU is said below
 
 from fla.ops.gated_delta_rule import naive  # noqa: E402
 
-from world_model.ops.delta_rule import delta, delta_chunked  # noqa: E402
+from world_model.ops.delta_rule import delta_rule, delta_rule_chunked  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -137,8 +137,8 @@ def timed(run: Callable[[], list[Tensor]], often: int) -> float:
 
 def row(batch: int, heads: int, keys: int, part: str) -> None:
     have = inputs(batch, heads, keys)
-    jobs = {name: job(*ours(form, have), part) for name, form in (("ours", delta), ("torch", delta_chunked))}
-    truth = job(*ours(delta_chunked, {name: x[:2].double() for name, x in have.items()}), part)()
+    jobs = {name: job(*ours(form, have), part) for name, form in (("ours", delta_rule), ("torch", delta_rule_chunked))}
+    truth = job(*ours(delta_rule_chunked, {name: x[:2].double() for name, x in have.items()}), part)()
     errors = {name: off(truth, run(), turned=False) for name, run in jobs.items()}
     for name, (form, parts) in peers(keys).items():
         if part in parts:

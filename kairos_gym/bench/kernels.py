@@ -24,7 +24,7 @@ from kairos_gym.report import machine
 from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.ops.delta_rule import delta, delta_chunked, delta_recurrent
+from world_model.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from world_model.ops.native import library
 from world_model.state import LatentState
 from world_model.training.fit import FitConfig, Run
@@ -141,11 +141,11 @@ def memory() -> dict[str, Any]:
     has at best, or the bytes that it must read and write at the rate of a large copy, whichever takes longer. One
     thread, by turns in one run.
     """
-    torch_forms: dict[str, Any] = {f"chunk {c}": partial(delta_chunked, chunk=c) for c in (16, 32, 64)}
+    torch_forms: dict[str, Any] = {f"chunk {c}": partial(delta_rule_chunked, chunk=c) for c in (16, 32, 64)}
     rows: list[dict[str, Any]] = []
     for tokens in (64, 256, 1024):
         args = _keys(64, 4, tokens, 32)
-        jobs = {("compiled", part): _delta_job(delta, args, part) for part in ("forward", "both")}
+        jobs = {("compiled", part): _delta_job(delta_rule, args, part) for part in ("forward", "both")}
         jobs |= {
             (name, part): _delta_job(f, args, part) for name, f in torch_forms.items() for part in ("forward", "both")
         }
@@ -153,10 +153,10 @@ def memory() -> dict[str, Any]:
     for batch in DREAMS[::2]:
         for tokens in (1, 4, 16):
             args = _keys(batch, 4, tokens, 32)
-            jobs = {("compiled", "forward"): _delta_job(delta, args, "forward")}
+            jobs = {("compiled", "forward"): _delta_job(delta_rule, args, "forward")}
             jobs |= {
                 (name, "forward"): _delta_job(form, args, "forward")
-                for name, form in (torch_forms | {"recurrence": delta_recurrent}).items()
+                for name, form in (torch_forms | {"recurrence": delta_rule_recurrent}).items()
             }
             rows.append({"what": "streaming", "dreams": batch, "tokens": tokens} | _against_floor(jobs, batch, tokens))
     for row in rows:

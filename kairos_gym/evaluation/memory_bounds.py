@@ -25,9 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from world_model.model.mixing import DeltaMixing
+from world_model.model.transformer import Block
 from world_model.model.world_model import WorldModel
-from world_model.ops.delta_rule import delta_recurrent
-from world_model.ops.window_attention import Layout
+from world_model.ops.delta_layer import delta_layer_writes
+from world_model.ops.delta_rule import delta_rule_recurrent
+from world_model.ops.layout import Layout
 from world_model.state import LatentState
 
 
@@ -107,16 +110,16 @@ def memory_drift(
         worlds = [tokens.clean(scaling.obs(frames[:, t : t + 1])) for frames in (real, dreamed)]
         plays = [act, act]
         for i, block in enumerate(blocks):
-            writes = block.written(worlds[1], plays[1]) if i in layers else None
+            writes = _writes(block, worlds[1], plays[1]) if i in layers else None
             was = memories[0].get(f"{i}.S")
             for side in (0, 1):
-                own = {name: memories[side][f"{i}.{name}"] for name in block.names}
+                own = {name: memories[side][f"{i}.{name}"] for name in block.mixing.names}
                 worlds[side], plays[side], new = block(worlds[side], plays[side], one, own, age)
                 memories[side] |= {f"{i}.{name}": x for name, x in new.items()}
             if writes is not None:
                 keys, values, log_alpha, beta = writes
                 assert was is not None
-                _, there = delta_recurrent(keys[:, :, :0], keys, values, log_alpha, beta, was, [])
+                _, there = delta_rule_recurrent(keys[:, :, :0], keys, values, log_alpha, beta, was, [])
                 now, theirs = memories[0][f"{i}.S"], memories[1][f"{i}.S"]
                 xi[i].append(_size(there - now))
                 rho[i].append(log_alpha.sum(-1).exp())
@@ -142,6 +145,13 @@ def window_floor(outcomes: Tensor) -> tuple[float, float]:
     gap = left / n - (ordered.sum(-1, keepdim=True) - left) / (m - n)
     between = n / m * (1 - n / m) * gap.square()
     return between.amax(-1).mean().item(), ordered.var(-1, correction=0).mean().item()
+
+
+def _writes(block: Block, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a G layer writes for clean frames -> unit keys and values [B,H,N,d], log alpha and beta [B,H,N]."""
+    assert isinstance(block.mixing, DeltaMixing)
+    qkv, gates, _ = block.project(world, action)
+    return delta_layer_writes(qkv, gates, block.mixing.log_rate)
 
 
 def _size(memory: Tensor) -> Tensor:

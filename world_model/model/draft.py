@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from world_model.model.tokens import Scaling
+from world_model.ops.dispatch import no_autocast
 from world_model.ops.linear import Layer, chain
-from world_model.ops.native import no_autocast
 
 
 class GatedBlock(nn.Module):

@@ -23,9 +23,9 @@ from world_model.model.draft import Draft, RewardHead
 from world_model.model.tokens import Scaling, Tokens
 from world_model.model.transformer import Memory, Trunk
 from world_model.noise import normal
+from world_model.ops.dispatch import no_autocast
 from world_model.ops.flow import euler, shift_factor
-from world_model.ops.native import no_autocast
-from world_model.ops.window_attention import Layout
+from world_model.ops.layout import Layout
 from world_model.runtime.compiled_step import compiled_step
 from world_model.runtime.cuda_graph import cuda_graphs
 from world_model.runtime.weight_cache import forget

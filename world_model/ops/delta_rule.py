@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from world_model.ops.constants import index
-from world_model.ops.delta_rule_cpu import delta_cpu
-from world_model.ops.native import available, needs_grad, no_autocast, use_triton
+from world_model.ops.delta_rule_cpu import delta_rule_cpu
+from world_model.ops.dispatch import native_library, needs_grad, no_autocast, use_triton
 
 LEAST = -100.0  # of log alpha: exp(-100) is nothing in float32, and sums of no more than this stay exact
 
 
-def delta(
+def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The fastest form there is for these tensors -> (o [B,H,R,e], final state [B,H,e,d])."""
@@ -31,15 +31,15 @@ def delta(
     reads = range(1, total + 1) if at is None else at
     fits = _fits(*tensors) and len(reads) == q.shape[2] and all(0 <= n <= total for n in reads)
     single = total > 0 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    if fits and single and (library := available("delta")):
-        return delta_cpu(library, *tensors, reads)
+    if fits and single and (library := native_library("delta")):
+        return delta_rule_cpu(library, *tensors, reads)
     if fits and q.shape[-1] <= (128 if needs_grad(*tensors) else 256) and use_triton(*tensors):
-        from world_model.ops.delta_rule_triton import delta_triton
+        from world_model.ops.delta_rule_triton import delta_rule_triton
 
-        return delta_triton(*tensors, reads)
+        return delta_rule_triton(*tensors, reads)
     with no_autocast(state):  # what is written stays: in the memory's own precision, as in the kernels
         q, k, v, log_alpha, beta = (t.to(state.dtype) for t in tensors[:-1])
-        return delta_chunked(q, k, v, log_alpha, beta, state, at)
+        return delta_rule_chunked(q, k, v, log_alpha, beta, state, at)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor) -> bool:
@@ -49,7 +49,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, stat
     return same and log_alpha.shape == beta.shape == (batch, heads, total) and state.shape == (batch, heads, e, d)
 
 
-def delta_recurrent(
+def delta_rule_recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """One key at a time, in any dtype -> (o [B,H,R,e], final state [B,H,e,d])."""
@@ -66,7 +66,7 @@ def delta_recurrent(
     return out * q.shape[-1] ** -0.5, states[-1]
 
 
-def delta_chunked(
+def delta_rule_chunked(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from world_model.ops.constants import constant
 from world_model.ops.delta_rule_reads import reads_by_chunk
-from world_model.ops.native import forbid_double_backward, needs_grad
+from world_model.ops.dispatch import forbid_double_backward, needs_grad
 from world_model.ops.triton_primitives import dot
 
 _CHUNK = 16  # keys that are written at once, and reads that are answered at once
@@ -274,7 +274,7 @@ def _ready(
     return q, k, v, log_alpha.contiguous(), beta.contiguous(), state.float().contiguous()
 
 
-def delta_triton(
+def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """As ``delta.delta_recurrent``; tokens in any float dtype, the memory in float32.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from world_model.ops.native import compiled, forbid_double_backward
+from world_model.ops.dispatch import forbid_double_backward, single_thread_library
 
 KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
@@ -29,7 +29,8 @@ class Layer(NamedTuple):
 
 def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """One after another: x [...,I] -> [...,O]."""
-    if _fits(x, layers) and (library := compiled("dense", x, *(w for w in _weights(layers) if w is not None))):
+    weights = (w for w in _weights(layers) if w is not None)
+    if _fits(x, layers) and (library := single_thread_library("dense", x, *weights)):
         return _apply(library, x, layers)
     before = x
     for layer in layers:
@@ -48,7 +49,7 @@ def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -
     rows, layers = x.shape[:-1], [Layer("silu", linear)]
     fits = base.shape == (*rows, linear.out_features) and beside.shape[:-1] == rows
     fits = fits and x.shape[-1] + beside.shape[-1] == linear.in_features and linear.bias is not None
-    if fits and (library := compiled("dense", x, beside, base, linear.weight, linear.bias)):
+    if fits and (library := single_thread_library("dense", x, beside, base, linear.weight, linear.bias)):
         return _apply(library, x, layers, beside, base)
     return base + linear(torch.cat([beside, F.silu(x)], -1))
 

@@ -1,4 +1,4 @@
-"""C++ beside a slow truth: compiled on first use, kept in a cache, and done without where there is no compiler."""
+"""Builds and loads the C++ kernels of ``cpp/``: compiled on first use and cached."""
 
 from __future__ import annotations
 
@@ -9,37 +9,17 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 FOLDER = Path(__file__).with_name("cpp")
-CHOICES = ("auto", "torch", "native", "eager")
 
 
 class KernelUnavailable(RuntimeError):
-    """Native code can't be had on this machine; says why."""
-
-
-def kernel_choice() -> str:
-    """What ``KAIROS_KERNELS`` asks for: "auto" (native code where it can be had), "torch", "native" (or an error), or
-    "eager" (as "auto", but a GPU launches each kernel and replays no graph).
-
-    Raises ValueError for another word.
-    """
-    choice = os.environ.get("KAIROS_KERNELS") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"KAIROS_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
-    return choice
+    """The C++ kernels can't be built or loaded on this machine; the message says why."""
 
 
 @cache
@@ -63,83 +43,6 @@ def library(name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise KernelUnavailable(f"{built} can't be loaded ({error})") from error
-
-
-_said: list[str] = []
-
-
-@cache
-def _available(name: str) -> ctypes.CDLL | None:
-    try:
-        return library(name)
-    except KernelUnavailable as error:
-        if not _said:  # once, whichever file it was
-            print(f"kairos_gym works in plain torch, which is slower: {error}", file=sys.stderr)
-        _said.append(name)
-        return None
-
-
-def available(name: str) -> ctypes.CDLL | None:
-    """The compiled ``name``; None where torch was asked for, or, said once, where it can't be had.
-
-    None too where torch does more than it is told: under autocast, forward-mode AD and torch.func's transforms.
-
-    Raises NotHere where ``KAIROS_KERNELS=native`` asks for what can't be had.
-    """
-    choice = kernel_choice()
-    if torch.is_autocast_enabled("cpu") or under_transform():
-        return None
-    match choice:
-        case "torch":
-            return None
-        case "native":
-            return library(name)
-    return _available(name)
-
-
-def compiled(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
-    """``available``, for a form that takes float32 on the CPU and works on one thread: else None.
-
-    With more threads torch shares the work out, and these forms don't.
-    """
-    if torch.get_num_threads() > 1 or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
-        return None
-    return available(name)
-
-
-def use_triton(*tensors: Tensor) -> bool:
-    """Whether Triton's kernels may have these: on the GPU in use, none a double, and nobody asked for torch."""
-    here = all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
-    here = here and {t.get_device() for t in tensors} == {torch.cuda.current_device()}
-    return here and kernel_choice() != "torch" and _triton() and not under_transform()
-
-
-@cache
-def _triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def under_transform() -> bool:
-    """Whether forward-mode AD or one of torch.func's transforms is at work, which kernels know nothing of."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether somebody may want gradients of what is made of these."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast: where roundings would add up from step to step."""
-    kind = like.device.type
-    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if low else nullcontext()
-
-
-def forbid_double_backward() -> None:
-    """At the head of a backward pass that can't be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("compiled layers have no second derivatives: set KAIROS_KERNELS=torch to have them")
 
 
 def _compile(compiler: list[str], source: Path, built: Path) -> None:

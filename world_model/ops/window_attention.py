@@ -9,32 +9,11 @@ its form, and without a ring's wrap-around every slot has a fixed age.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from world_model.ops.constants import constant
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The frames of one pass: first ``clean`` real ones, at times 0, 1, ...; then noisy chunks of ``chunk`` frames.
-
-    The noisy chunk that starts at time ``starts[j]`` sees the memory as it stood before that time, and itself.
-    """
-
-    clean: int
-    starts: tuple[int, ...] = ()
-    chunk: int = 1
-
-    @property
-    def noisy(self) -> int:
-        return len(self.starts) * self.chunk
-
-    @property
-    def frames(self) -> int:
-        return self.clean + self.noisy
+from world_model.ops.layout import Layout
 
 
 @constant

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from world_model.contract import Imagined
 from world_model.noise import normal
+from world_model.ops.dispatch import native_library, needs_grad
 from world_model.ops.flow import shift, shift_factor
-from world_model.ops.native import available, needs_grad
 from world_model.runtime.weight_cache import WeightCache, forget, made
 from world_model.state import LatentState
 
@@ -38,7 +38,7 @@ def compiled_step(model: Any, state: LatentState, *inputs: Tensor) -> CompiledSt
         return None
     if needs_grad(*state.tensors.values(), *inputs):
         return None
-    library = available("dream")
+    library = native_library("dream")
     if library is None:
         return None
     form = made.get(model)
@@ -178,7 +178,7 @@ def _tensors(model: Any) -> list[Tensor]:
             block.world.norm, block.world.in_proj, block.world.out_proj, block.action.norm, block.action.in_proj
         )
         out += [] if block.last else both(block.action.out_proj)
-        out.append(block.log_rate if block.kind == "G" else block.relative_bias)
+        out.append(block.mixing.log_rate if block.kind == "G" else block.mixing.relative_bias)
     predict_reward = model.reward_head.layers
     out += both(model.memory_reward_head, predict_reward[0], predict_reward[2], predict_reward[4])
     if model.draft is not None:

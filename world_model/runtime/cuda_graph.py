@@ -13,7 +13,7 @@ from torch import Tensor
 
 from world_model.contract import Imagined
 from world_model.ops.constants import held
-from world_model.ops.native import kernel_choice, needs_grad, under_transform
+from world_model.ops.dispatch import kernel_choice, needs_grad, under_transform
 from world_model.runtime.weight_cache import WeightCache, forget, made
 from world_model.state import LatentState
 

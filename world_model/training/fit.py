@@ -27,10 +27,10 @@ from world_model.episodes import Episodes, StartStates
 from world_model.model.config import WorldModelConfig
 from world_model.model.draft import beta_nll
 from world_model.model.world_model import DraftPrediction, WorldModel, save_atomically
+from world_model.ops.dispatch import single_thread_library
 from world_model.ops.flow import corrupt, shift, shift_factor, velocity_loss
+from world_model.ops.layout import Layout
 from world_model.ops.linear import Layer, PreallocatedMLP, chain
-from world_model.ops.native import compiled
-from world_model.ops.window_attention import Layout
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class Run:
         if form is None:
             draft, reward_head = self.model.draft, self.model.reward_head
             layers = reward_head.chain() if name == "reward_head" or draft is None else draft.layers()
-            library = compiled("dense", self.flat[0])
+            library = single_thread_library("dense", self.flat[0])
             form = PreallocatedMLP(library, layers, len(parts[0])) if library else partial(_joined, layers)
             self.standing[name] = form
         return form.forward(parts) if isinstance(form, PreallocatedMLP) else form(parts)

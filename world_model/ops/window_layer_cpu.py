@@ -1,4 +1,4 @@
-"""Attention among the tokens of both streams in compiled code, forward and backward: ``window.attend`` on a CPU."""
+"""A window layer without a past in compiled code, forward and backward: ``window_layer_torch`` on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from world_model.ops.native import forbid_double_backward
+from world_model.ops.dispatch import forbid_double_backward
+from world_model.ops.layout import Streams
 
 
 class _Call(ctypes.Structure):
@@ -27,14 +28,12 @@ class _Call(ctypes.Structure):
     ]
 
 
-def attend_streams(
-    library: ctypes.CDLL, world: Tensor, action: Tensor, bias: Tensor, skip: int
-) -> tuple[Tensor, Tensor]:
-    """Queries, keys and values [B,F,P,3*I], [B,F,1,3*I] -> what all heads answer [B,F,P,I], [B,F,1,I].
+def window_layer_cpu(library: ctypes.CDLL, qkv: Streams, bias: Tensor, skip: int) -> Streams:
+    """Queries, keys and values [B,F,P,3*I], [B,F,1,3*I] -> outputs [B,F,P,I], [B,F,1,I].
 
-    bias [H,R,N] for the R queries of all N tokens but the first ``skip``, which ask nothing and get zeros.
+    bias [H,R,N] for the R queries of all N tokens but the first ``skip``, whose outputs are zero.
     """
-    return _Attend.apply(world, action, bias, skip, library)  # type: ignore[no-any-return]
+    return Streams(*_Attend.apply(*qkv, bias, skip, library))
 
 
 class _Attend(torch.autograd.Function):
@@ -52,13 +51,13 @@ class _Attend(torch.autograd.Function):
         return out[0], out[1]
 
     @staticmethod
-    def backward(ctx: Any, *gains: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward()
         world, action, bias = ctx.saved_tensors
-        gains = tuple(x.contiguous() for x in gains)
+        grad_outputs = tuple(x.contiguous() for x in grad_outputs)
         grads = [x.new_empty(x.shape) for x in (world, action, bias)]
         call = _call(world, action, bias, ctx.skip)
-        call.dout_world, call.dout_action = (x.data_ptr() for x in gains)
+        call.dout_world, call.dout_action = (x.data_ptr() for x in grad_outputs)
         call.dworld, call.daction, call.dbias = (x.data_ptr() for x in grads)
         ctx.library.attention_backward(ctypes.byref(call))
         return *grads, None, None
