@@ -252,7 +252,7 @@ def test_weights_that_change_are_seen() -> None:
     model.tokens.out.bias.add_(0.5)
     second = dreamed()
     assert not torch.allclose(first, second)
-    weights = {name: t + 0.1 if name == "draft.leave.bias" else t for name, t in model.state_dict().items()}
+    weights = {name: t + 0.1 if name == "draft.out_proj.bias" else t for name, t in model.state_dict().items()}
     model.load_state_dict(weights)
     assert not torch.allclose(second, dreamed())
     third = dreamed()

@@ -86,10 +86,10 @@ def test_a_graph_can_hold_a_dream(pattern: str, sizes: dict[str, Any], low: bool
     state, actions = seen(model, 2), played(model, 2, 3)
     model, state, actions = model.to(device), to(state, device), actions.to(device)
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        model.dream(state, actions, sampled, 2)  # constants are made
+        model.imagine_unchecked(state, actions, sampled, 2)  # constants are made
         with Capture(device):
-            model.ready(state, actions)
-            model.dream(state, actions, sampled, 2)
+            model.accepts(state, actions)
+            model.imagine_unchecked(state, actions, sampled, 2)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_what_a_graph_cannot_hold_is_seen(wrong: Any) -> None:
 def test_both_wrongs_are_one_question() -> None:
     model = tiny_model("SG")
     state, actions = seen(model, 2), played(model, 2, 2)
-    assert bool(model.ready(state, actions))
-    assert not bool(model.ready(model.initial(2), actions))
+    assert bool(model.accepts(state, actions))
+    assert not bool(model.accepts(model.initial(2), actions))
     for wrong in (torch.nan, 2.1, -torch.inf):
         bad = actions.clone()
         bad[1, 0, 1] = wrong
-        assert not bool(model.ready(state, bad))
+        assert not bool(model.accepts(state, bad))
         with pytest.raises(ValueError, match="actions must be finite and within"):
             model.imagine(model.initial(2), bad)
     with pytest.raises(ValueError, match="call observe first"):

@@ -68,6 +68,29 @@ def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
     return spaces.Box(low, high, dtype=space.low.dtype.type)
 
 
+def space_to_json(space: spaces.Space) -> dict[str, Any]:
+    """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
+    if isinstance(space, spaces.Dict):
+        return {"parts": {key: space_to_json(part) for key, part in space.items()}}
+    if isinstance(space, spaces.Discrete):
+        return {"n": int(space.n), "start": int(space.start)}
+    assert isinstance(space, spaces.Box)
+    low, high = ([float(x) if np.isfinite(x) else None for x in bound.flat] for bound in (space.low, space.high))
+    return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
+
+
+def space_from_json(facts: dict[str, Any]) -> spaces.Space:
+    """The space that ``space_to_json`` described."""
+    if "parts" in facts:
+        return spaces.Dict({key: space_from_json(part) for key, part in facts["parts"].items()})
+    if "n" in facts:
+        return spaces.Discrete(facts["n"], start=facts["start"])
+    dtype, shape = np.dtype(facts["dtype"]).type, facts.get("shape", [len(facts["low"])])
+    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype).reshape(shape)
+    high = np.array([np.inf if x is None else x for x in facts["high"]], dtype).reshape(shape)
+    return spaces.Box(low, high, dtype=dtype)
+
+
 class ActionCheck:
     """What an action of ``space`` has to be: a Box of real numbers, or a Discrete, a MultiDiscrete or a batch of them.
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from world_model.contract import Imagined, Spec
 from world_model.episodes import Episodes, StartStates
-from world_model.model.tokens import Scaling
+from world_model.model.scaling import Scaling
 from world_model.state import LatentState
 
 Stepped = tuple[Tensor, Tensor, Tensor]

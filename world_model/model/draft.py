@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from world_model.model.tokens import Scaling
+from world_model.model.scaling import Scaling
 from world_model.ops.dispatch import no_autocast
 from world_model.ops.linear import Layer, chain
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from gymnasium import spaces
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from world_model.contract import Imagined, Spec
 from world_model.episodes import StartStates
+from world_model.model.checkpoint import Checkpoint, find_checkpoint
 from world_model.model.config import WorldModelConfig
 from world_model.model.draft import Draft, RewardHead
-from world_model.model.tokens import Scaling, Tokens
+from world_model.model.scaling import Scaling
+from world_model.model.tokens import Tokens
 from world_model.model.transformer import Memory, Trunk
 from world_model.noise import normal
 from world_model.ops.dispatch import no_autocast
@@ -32,16 +27,16 @@ from world_model.runtime.weight_cache import forget
 from world_model.state import LatentState
 from world_model.trust import ConformalBound
 
-PIECE = 32  # frames of evidence that one pass takes
+EVIDENCE_FRAMES = 32  # that one pass takes
 
 
 class DraftPrediction(NamedTuple):
-    """What is known of a chunk before the memory is asked, in normalised units."""
+    """What the draft predicts for a chunk, without the memory; in normalised units, all [...,K,O]."""
 
-    mean: Tensor  # [...,K,O]
-    change: Tensor  # [...,K,O] since the chunk's start, in usual steps
-    spread: Tensor  # [...,K,O] log of its std over the usual error at that place in the chunk
-    scale: Tensor  # [...,K,O] one unit of the residual that the flow predicts
+    mean: Tensor
+    change: Tensor  # of the mean since the chunk's start, over the usual change of one step
+    spread: Tensor  # log of its std over the draft's usual error at that step of the chunk
+    scale: Tensor  # the unit of the residual that the flow predicts
 
 
 class WorldModel(nn.Module):
@@ -50,7 +45,7 @@ class WorldModel(nn.Module):
     Denoising reads memory; only the clean chunk writes it. So memory stays constant and noise can't pollute it.
     """
 
-    draft_error: Tensor  # [K,O] usual error of the draft at each place in a chunk, in normalised units
+    draft_error: Tensor  # [K,O] RMS error of the draft at each step of a chunk, in normalised units
     terminates: Tensor  # bool [], whether the data ever ended an episode
 
     def __init__(self, config: WorldModelConfig, spec: Spec):
@@ -65,7 +60,7 @@ class WorldModel(nn.Module):
         self.config, self.spec = config, spec
         self.card: dict[str, Any] = {}
         self.starts: StartStates | None = None
-        self.trust: ConformalBound | None = None  # how wrong its dreams may be, where that was calibrated
+        self.trust: ConformalBound | None = None  # a bound on its error, where it was calibrated
         self.scaling = Scaling(spec)
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
@@ -75,13 +70,13 @@ class WorldModel(nn.Module):
             else None
         )
         self.reward_head = RewardHead(config.obs_dim, config.action_dim, config.draft_width)
-        self.memory_reward_head = nn.Linear(config.tokens * config.width, 2)  # what the memory knows of reward and end
+        self.memory_reward_head = nn.Linear(config.tokens * config.width, 2)  # what the memory adds to reward and end
         nn.init.zeros_(self.memory_reward_head.weight)
         nn.init.zeros_(self.memory_reward_head.bias)
         self.register_buffer("draft_error", torch.ones(config.chunk, config.obs_dim))
         self.register_buffer("terminates", torch.tensor(False))
 
-    # -- the verbs -------------------------------------------------------------------------------------------------
+    # -- the contract -------------------------------------------------------------------------------------------------
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """B fresh dreams -> LatentState. seeds: int64 [B], each dream's own noise seed (zeros where None)."""
@@ -115,9 +110,9 @@ class WorldModel(nn.Module):
         obs, actions = obs.to(self.draft_error), actions.to(self.draft_error)
         if fast := compiled_step(self, state, obs, actions):
             return fast.observe(state, obs, actions)
-        # In pieces: one pass costs the square of its frames, and streaming gives the same result.
-        for piece, played in zip(obs.split(PIECE, 1), actions.split(PIECE, 1), strict=True):
-            state = self._write(state, piece, self.scaling.obs(piece), self.scaling.action(played))
+        # In parts, which give the same result: the cost of one pass grows with the square of its frames.
+        for part, played in zip(obs.split(EVIDENCE_FRAMES, 1), actions.split(EVIDENCE_FRAMES, 1), strict=True):
+            state = self._write(state, part, self.scaling.obs(part), self.scaling.action(played))
         return state
 
     def imagine(
@@ -142,58 +137,49 @@ class WorldModel(nn.Module):
             done := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
             return done
-        if not bool(self.ready(state, actions)):
+        if not bool(self.accepts(state, actions)):
             self._expect_within_bounds(actions, None)
             raise ValueError("imagine needs a dream that has seen something: call observe first")
-        state, imagined = self.dream(state, actions, sampled, flow_steps)
+        state, imagined = self.imagine_unchecked(state, actions, sampled, flow_steps)
         return state, imagined if decode else imagined._replace(obs=None)
 
-    def ready(self, state: LatentState, actions: Tensor) -> Tensor:
-        """bool []: whether all dreams have seen something and all actions [B,K,A] are within their bounds."""
+    def accepts(self, state: LatentState, actions: Tensor) -> Tensor:
+        """Whether all dreams have observed something and all actions [B,K,A] are within their bounds -> bool []."""
         return (state["age"] != 0).all() & self._within_bounds(actions).all()
 
-    def dream(
+    def imagine_unchecked(
         self, state: LatentState, actions: Tensor, sampled: bool, flow_steps: int
     ) -> tuple[LatentState, Imagined]:
-        """``imagine`` of what has been looked at.
+        """``imagine`` for inputs that ``accepts`` approved.
 
-        A CUDA graph can hold it: it asks the device for no number and copies none there, and its shapes hang on shapes.
+        A CUDA graph can capture it: it copies nothing between host and device, and its shapes depend on shapes alone.
         """
-        act = self.scaling.action(actions)
-        start = self.scaling.obs(state["obs"])
+        act, start = self.scaling.action(actions), self.scaling.obs(state["obs"])
         before = self.scaling.obs(state["before"]) if "before" in state.tensors else None
-        k = act.shape[1]
-        predict_draft = DraftPrediction(*(x[:, None] for x in self.predict_draft(start, act, before)))
-        memory = self._memory(state)
-        hidden = start
+        k, age, memory = act.shape[1], state["age"], self._memory(state)
+        draft = DraftPrediction(*(x[:, None] for x in self.predict_draft(start, act, before)))
+        features = start  # replaced by the last denoising step's
 
         def denoise(z: Tensor, s: Tensor) -> Tensor:
-            nonlocal hidden
-            residual, hidden, _ = self.refine(
-                Layout(0, (0,), k),
-                z,
-                s.reshape(1, 1, 1, 1),
-                predict_draft,
-                act[:, None],
-                memory=memory,
-                age=state["age"],
-            )
+            nonlocal features
+            s, chunk = s.reshape(1, 1, 1, 1), Layout(0, (0,), k)
+            residual, features, _ = self.refine(chunk, z, s, draft, act[:, None], memory=memory, age=age)
             return residual
 
-        z = torch.zeros_like(predict_draft.mean)
+        z = torch.zeros_like(draft.mean)
         if sampled:
-            step = state["age"][:, None] + torch.arange(k, device=act.device)
+            step = age[:, None] + torch.arange(k, device=act.device)
             z = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim, dtype=z.dtype)[:, None]
         z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
-        scaled = self.scaling.limit(predict_draft.mean + predict_draft.scale * z)[:, 0]
+        scaled = self.scaling.limit(draft.mean + draft.scale * z)[:, 0]
         obs = self.scaling.raw_obs(scaled)
-        before = torch.cat([start[:, None], scaled[:, :-1]], 1)
-        reward_head = self.predict_reward(before, act, scaled, hidden[:, 0])
-        reward = reward_head[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
-        terminated = (reward_head[..., 1] > 0) & self.terminates
+        begin = torch.cat([start[:, None], scaled[:, :-1]], 1)
+        predicted = self.predict_reward(begin, act, scaled, features[:, 0])
+        reward = predicted[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
+        terminated = (predicted[..., 1] > 0) & self.terminates
         return self._write(state, obs, scaled, act), Imagined(obs, reward, terminated)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what .to(), .double() and the like go through
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # called by .to(), .double() and the like
         forget(self)
         return super()._apply(fn, recurse)
 
@@ -208,7 +194,7 @@ class WorldModel(nn.Module):
     # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
 
     def predict_draft(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> DraftPrediction:
-        """What the draft says of chunks from [...,O] that play [...,K,A]; without one, that nothing moves.
+        """The draft's prediction for chunks that start at [...,O] and play [...,K,A]; without a draft, nothing moves.
 
         before [...,O]: the observations before the start; None where they aren't known.
         """
@@ -225,9 +211,9 @@ class WorldModel(nn.Module):
         return self.draft_prediction(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
 
     def draft_prediction(self, start: Tensor, mean: Tensor, std: Tensor) -> DraftPrediction:
-        """The guess of chunks from [...,O] whose draft is known, mean and std [...,K,O]."""
+        """The prediction for chunks that start at [...,O], from the draft's own mean and std [...,K,O]."""
         error = self.draft_error[: mean.shape[-2]]
-        # The geometric middle between what the draft expects here and what it gets wrong on the whole.
+        # The scale is the geometric mean of the std that the draft predicts here and of its usual error.
         return DraftPrediction(
             mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()
         )
@@ -237,7 +223,7 @@ class WorldModel(nn.Module):
         layout: Layout,
         z: Tensor,
         s: Tensor,
-        predict_draft: DraftPrediction,
+        draft: DraftPrediction,
         actions: Tensor,
         clean: tuple[Tensor, Tensor, Tensor] | None = None,
         memory: Memory | None = None,
@@ -248,7 +234,7 @@ class WorldModel(nn.Module):
         z [B,C,K,O] at noise level s [B or 1,C or 1,1,1], actions [B,C,K,A]; clean: obs [B,T,O], actions [B,T,A] and
         whether a frame is its dream's first [B,T].
         """
-        world = self.tokens.noisy(z, s, predict_draft.mean, predict_draft.change, predict_draft.spread).flatten(1, 2)
+        world = self.tokens.noisy(z, s, draft.mean, draft.change, draft.spread).flatten(1, 2)
         action = self.tokens.actions(actions.flatten(1, 2))
         if clean is not None:
             world = torch.cat([self.tokens.clean(clean[0]), world], 1)
@@ -258,19 +244,19 @@ class WorldModel(nn.Module):
         return self.tokens.out(features), features, after
 
     def predict_reward(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
-        """Normalised reward and logit of termination of steps before -> after [...,O] -> [...,2]."""
+        """Of steps before -> after [...,O], the normalised reward and the logit of termination -> [...,2]."""
         with no_autocast(after):  # rewards are summed up
-            reward_head = self.reward_head(before, actions, (after - before) / self.scaling.step_std, after)
-            return reward_head if features is None else reward_head + self.memory_reward_head(features.to(after.dtype))
+            predicted = self.reward_head(before, actions, (after - before) / self.scaling.step_std, after)
+            return predicted if features is None else predicted + self.memory_reward_head(features.to(after.dtype))
 
     def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
-        """Clean frames onto the memory: the only place where it is written."""
+        """Write clean frames onto the memory; nothing else writes it."""
         frames = obs.shape[1]
         first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
         world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
         _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
         own = {"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone()}
-        if "before" in state.tensors:  # a first frame came from nowhere: it stands for the one before it too
+        if "before" in state.tensors:  # nothing came before a first frame, so it stands in for its own predecessor
             earlier = torch.where(first[:, :1], obs[:, 0], state["obs"])
             own["before"] = earlier if frames == 1 else obs[:, -2].clone()
         return LatentState({**own, **memory})
@@ -315,20 +301,7 @@ class WorldModel(nn.Module):
 
         Starts and trust only where the model has them.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        obs, act = self.spec.observation_space, self.spec.action_space
-        spec = {"observation_space": _to_json(obs), "action_space": _to_json(act), "dt": self.spec.dt}
-        text = json.dumps({"world_model": asdict(self.config), "spec": spec}, indent=2)
-        write_atomically(folder / "config.json", text.encode())
-        save_atomically(folder / "model.safetensors", self.state_dict())
-        if self.starts is not None:
-            save_atomically(folder / "starts.safetensors", self.starts._asdict())
-        if self.trust is not None:
-            save_atomically(folder / "trust.safetensors", self.trust.tensors())
-        else:  # one of other weights
-            (folder / "trust.safetensors").unlink(missing_ok=True)
-        write_atomically(folder / "card.json", json.dumps(self.card, indent=2).encode())
+        Checkpoint(self.config, self.spec, self.state_dict(), self.starts, self.trust, self.card).write(Path(folder))
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> WorldModel:
@@ -337,78 +310,14 @@ class WorldModel(nn.Module):
         Nothing is unpickled. Raises FileNotFoundError where there is no such folder or a file is missing, ValueError
         where one is damaged or doesn't fit the config.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            try:
-                folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-            except Exception as error:
-                raise FileNotFoundError(
-                    f"no model at {str(source)!r}: neither a folder nor a hub repository that can be reached ({error})"
-                ) from error
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no {name}: it isn't a folder that save_pretrained wrote, or it is incomplete"
-                )
+        folder = find_checkpoint(source)
         try:
-            about = json.loads((folder / "config.json").read_text())
-            config, facts = WorldModelConfig.from_dict(about["world_model"]), about["spec"]
-            weights = load_file(folder / "model.safetensors")
-            spec = Spec(
-                _from_json(facts["observation_space"]),
-                _from_json(facts["action_space"]),
-                config.chunk,
-                float(facts["dt"]),
-            )
-            if not all(bool(t.isfinite().all()) for t in weights.values()):
-                raise ValueError("model.safetensors holds weights that are not finite")
-            model = cls(config, spec)
-            model.load_state_dict(weights)
-            if (folder / "starts.safetensors").is_file():
-                model.starts = StartStates(**load_file(folder / "starts.safetensors"))
-                sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
-                if sizes != (config.obs_dim, config.action_dim):
-                    raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
-            if (folder / "trust.safetensors").is_file():
-                model.trust = ConformalBound.load(folder / "trust.safetensors")
-                if bytes(model.trust.model.numpy()).decode() != model.fingerprint():
-                    raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
-            if (folder / "card.json").is_file():
-                model.card = json.loads((folder / "card.json").read_text())
+            saved = Checkpoint.read(folder)
+            model = cls(saved.config, saved.spec)
+            model.load_state_dict(saved.weights)
+            model.starts, model.trust, model.card = saved.starts, saved.trust, saved.card
+            if model.trust is not None and bytes(model.trust.model.numpy()).decode() != model.fingerprint():
+                raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
         except Exception as error:
             raise ValueError(f"the model in {folder} is damaged or from another version: {error}") from error
         return model.eval().requires_grad_(False)
-
-
-def _to_json(space: spaces.Space) -> dict[str, Any]:
-    """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
-    if isinstance(space, spaces.Dict):
-        return {"parts": {key: _to_json(part) for key, part in space.items()}}
-    if isinstance(space, spaces.Discrete):
-        return {"n": int(space.n), "start": int(space.start)}
-    assert isinstance(space, spaces.Box)
-    low, high = ([float(x) if np.isfinite(x) else None for x in bound.flat] for bound in (space.low, space.high))
-    return {"low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
-
-
-def _from_json(facts: dict[str, Any]) -> spaces.Space:
-    if "parts" in facts:
-        return spaces.Dict({key: _from_json(part) for key, part in facts["parts"].items()})
-    if "n" in facts:
-        return spaces.Discrete(facts["n"], start=facts["start"])
-    dtype, shape = np.dtype(facts["dtype"]).type, facts.get("shape", [len(facts["low"])])
-    low = np.array([-np.inf if x is None else x for x in facts["low"]], dtype).reshape(shape)
-    high = np.array([np.inf if x is None else x for x in facts["high"]], dtype).reshape(shape)
-    return spaces.Box(low, high, dtype=dtype)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of it or none: a kill in the middle leaves the file as it was."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The same for a safetensors file."""
-    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

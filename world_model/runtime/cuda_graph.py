@@ -130,10 +130,12 @@ class CudaGraph:
             torch.autocast("cuda", dtype=low, enabled=low is not None, cache_enabled=False),
             held() as self._constants,
         ):
-            model.dream(self._state, self._actions, sampled, flow_steps)  # what libraries do at first can't be captured
+            model.imagine_unchecked(
+                self._state, self._actions, sampled, flow_steps
+            )  # what libraries do at first can't be captured
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                self._ready = model.ready(self._state, self._actions)
-                self._after, self._imagined = model.dream(self._state, self._actions, sampled, flow_steps)
+                self._ready = model.accepts(self._state, self._actions)
+                self._after, self._imagined = model.imagine_unchecked(self._state, self._actions, sampled, flow_steps)
         torch.cuda.current_stream().wait_stream(side)
 
     def replay(self, state: LatentState, actions: Tensor) -> tuple[LatentState, Imagined] | None:
