@@ -339,7 +339,7 @@ def compare(
 
     from kairos_gym.evaluation import page as comparison_page
     from kairos_gym.evaluation.compare import compare
-    from kairos_gym.policies.ladder import load as load_policy
+    from kairos_gym.policies.ladder import load_policy
 
     _, env_id = _world(model, env)
     success_fn = None

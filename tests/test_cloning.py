@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import box_spec
 
-from kairos_gym.policies.cloning import best, clone
+from kairos_gym.policies.cloning import best_episodes, clone
 from world_model.episodes import Episodes
 
 
@@ -34,7 +34,7 @@ def test_a_clone_does_what_was_done() -> None:
 
 def test_the_best_episodes_are_those_that_earned_most() -> None:
     good, bad = played(3, 0.8), played(6, 0.0)
-    chosen = best(Episodes.join([bad, good]), 1 / 3)
+    chosen = best_episodes(Episodes.join([bad, good]), 1 / 3)
     assert torch.equal(chosen.obs, good.obs)
     with pytest.raises(ValueError, match="above 0 and at most 1, got 0"):
-        best(good, 0.0)
+        best_episodes(good, 0.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from envs import SimulatorDynamics
 from kairos_gym.data.collect import collect
-from kairos_gym.data.training_data import Experience, experience
+from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation import page as comparison_page
 from kairos_gym.evaluation.compare import compare, expect_apart
 from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
@@ -214,7 +214,7 @@ def test_evaluation_on_training_episodes_is_refused(trained: Path) -> None:
     rng = np.random.default_rng([0, 0])
     seed = int(rng.integers(2**31))  # as collect draws it
     space = gym.make("Pendulum-v1").action_space
-    data = experience(json.loads((trained / "card.json").read_text())).episodes
+    data = load_training_data(json.loads((trained / "card.json").read_text())).episodes
     played = data.action[1:41].numpy()
     copy = Policy("copy", lambda obs, step, seeds: np.repeat(played[min(step, 39)][None], len(seeds), 0))
     assert isinstance(space, gym.spaces.Box)
@@ -235,7 +235,7 @@ def test_a_cycle_that_training_saw_makes_no_episode_known() -> None:
     obs, action = rng.normal(size=(401, 2)), rng.normal(size=(400, 1))
     rollouts: Any = SimpleNamespace(episodes=episode(obs, action))
     for known, refused in ((4, False), (5, True)):
-        seen = Experience("some/train-v0", episode(obs[300 : 301 + known], action[300 : 300 + known]), True)
+        seen = TrainingData("some/train-v0", episode(obs[300 : 301 + known], action[300 : 300 + known]), True)
         if refused:
             with pytest.raises(ValueError, match=r"5 steps of the evaluation are in .* the first in episode 0"):
                 expect_apart(seen, object(), rollouts)
@@ -247,21 +247,23 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
     card = json.loads((trained / "card.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-        again = experience(card)
+        again = load_training_data(card)
         assert again.same and again.episodes.fingerprint() == card["data"]["fingerprint"]
         card["data"]["fingerprint"] = "another"
         with pytest.raises(ValueError, match="holds other episodes"):
-            experience(card)
+            load_training_data(card)
         patch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: policies(env_id))
         card["data"] |= {"behaviour": "ladder", "policy_seed": 0, "dataset": "pp/ladder-v0"}
-        assert not experience(card).same, "trained policies are others on another machine, the recipe is the same"
+        assert not load_training_data(card).same, (
+            "trained policies are others on another machine, the recipe is the same"
+        )
         card["data"]["seed"] += 1
         with pytest.raises(ValueError, match="holds other episodes"):
-            experience(card)
+            load_training_data(card)
         with pytest.raises(FileNotFoundError, match="no dataset theirs/x-v0"):
-            experience({"data": {"dataset": "theirs/x-v0", "held_out": 0}})
+            load_training_data({"data": {"dataset": "theirs/x-v0", "held_out": 0}})
     with pytest.raises(ValueError, match="doesn't say what it was trained on"):
-        experience({})
+        load_training_data({})
 
 
 @pytest.mark.parametrize(

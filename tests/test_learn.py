@@ -19,7 +19,16 @@ from toys import PointMass
 from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
 from kairos_gym.learning.learn import learn as learn_in_dream
-from kairos_gym.policies.sb3 import ALGORITHMS, Algorithm, Evaluation, Mixed, Record, evaluate, learn, make
+from kairos_gym.policies.sb3 import (
+    ALGORITHMS,
+    Algorithm,
+    Evaluation,
+    MixedReplayBuffer,
+    TrainingRecord,
+    evaluate,
+    make_algorithm,
+    train_policy,
+)
 from world_model.dynamics import Pessimistic
 from world_model.episodes import StartStates
 
@@ -33,7 +42,7 @@ def mass(dreams: int, steps: int = 12) -> DreamVecEnv:
 
 def filled(reward: float, size: int = 50) -> ReplayBuffer:
     box = spaces.Box(-1, 1, (2,))
-    buffer = Mixed(size, box, box)
+    buffer = MixedReplayBuffer(size, box, box)
     for _ in range(size):
         obs = np.zeros((1, 2), np.float32)
         buffer.add(obs, obs, obs, np.array([reward]), np.array([False]), [{}])
@@ -43,7 +52,7 @@ def filled(reward: float, size: int = 50) -> ReplayBuffer:
 @pytest.mark.parametrize(("share", "real"), [(0.0, 0), (0.05, 5), (0.5, 50), (0.996, 100), (1.0, 100)])
 def test_a_share_of_every_batch_is_real(share: float, real: int) -> None:
     mixed = filled(0.0)
-    assert isinstance(mixed, Mixed)
+    assert isinstance(mixed, MixedReplayBuffer)
     mixed.share = share
     assert mixed.sample(100).rewards.sum() == 0, "without real steps all are imagined"
     mixed.real = filled(1.0)
@@ -57,7 +66,7 @@ def test_a_perfect_dream_promises_what_is_earned() -> None:
     truth: Any = SimulatorDynamics("Pendulum-v1")
     truth.starts = StartStates(torch.tensor([[[1.0, 0.0, 0.0]]]), torch.zeros(1, 1, 1))
     dream = DreamVecEnv(truth, 3, max_episode_steps=200)
-    policy = make("sac", dream, seed=1)
+    policy = make_algorithm("sac", dream, seed=1)
     evaluation = evaluate(policy, real, dream, seed=5)
     assert evaluation.imagined is not None and len(set(evaluation.real)) == 3
     np.testing.assert_allclose(evaluation.imagined, evaluation.real, rtol=1e-3)
@@ -69,7 +78,7 @@ def test_a_perfect_dream_promises_what_is_earned() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_it_learns_to_go_home(algorithm: Algorithm, tmp_path: Path) -> None:
     steps = 60_000 if algorithm == "ppo" else 12_000
-    model = learn(algorithm, mass(32), mass(8), tmp_path, steps=steps, every=steps // 2, progress=False)
+    model = train_policy(algorithm, mass(32), mass(8), tmp_path, steps=steps, every=steps // 2, progress=False)
     venv = mass(41)
     venv.set_options([{"observation": np.array([x], np.float32)} for x in np.linspace(-1, 1, 41)])
     obs: Any = venv.reset()
@@ -88,7 +97,7 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     venv, real = mass(8), mass(4)
 
     def run(steps: int, **more: Any) -> Any:
-        return learn("sac", venv, real, tmp_path, steps=steps, every=400, dream=mass(4), progress=False, **more)
+        return train_policy("sac", venv, real, tmp_path, steps=steps, every=400, dream=mass(4), progress=False, **more)
 
     first = run(800)
     assert first.num_timesteps == 800
@@ -139,7 +148,7 @@ def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, made: list[tuple[An
 
 
 def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, model = Record(tmp_path, {"a": 1}), make("sac", mass(2))
+    record, model = TrainingRecord(tmp_path, {"a": 1}), make_algorithm("sac", mass(2))
     record.add(model, 1, Evaluation(np.array([3.0]), None))
     best = (tmp_path / "best.zip").read_bytes()
     record.add(model, 2, Evaluation(np.array([1.0]), None))
@@ -152,10 +161,10 @@ def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model, "save", killed)
         record.add(model, 3, Evaluation(np.array([0.0]), None))
-    again = Record(tmp_path, {"a": 1})
+    again = TrainingRecord(tmp_path, {"a": 1})
     assert again.rows == record.rows[:2] and again.last.is_file() and again.replay.is_file()
     with pytest.raises(ValueError, match="a 1, not 2"):
-        Record(tmp_path, {"a": 2})
+        TrainingRecord(tmp_path, {"a": 2})
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -167,7 +176,7 @@ def test_mistakes(tmp_path: Path) -> None:
         learn_in_dream("pendulum", tmp_path, env_id="Reacher-v5")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'dqn'"):
-        make("dqn", mass(2))  # type: ignore[arg-type]
+        make_algorithm("dqn", mass(2))  # type: ignore[arg-type]
 
 
 def test_a_cautious_dream_is_an_env_like_any() -> None:

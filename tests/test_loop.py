@@ -16,10 +16,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from toys import PointMass, box_spec
 
 from kairos_gym import DreamVecEnv
-from kairos_gym.learning.learn import make_eval_envs, replay
-from kairos_gym.learning.loop import REAL_SHARE, Loop, Measured, _cut, loop
+from kairos_gym.learning.learn import make_eval_envs, to_replay_buffer
+from kairos_gym.learning.loop import REAL_SHARE, Loop, ModelErrors, _cut, loop
 from kairos_gym.learning.loop_config import LoopConfig
-from kairos_gym.policies.sb3 import evaluate, make
+from kairos_gym.policies.sb3 import evaluate, make_algorithm
 from world_model.dynamics import Pessimistic
 from world_model.episodes import Episodes, StartStates
 from world_model.model.world_model import WorldModel
@@ -82,7 +82,7 @@ def test_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 def test_trust_makes_the_schedule(tmp_path: Path) -> None:
     run = Loop("Pendulum-v1", tmp_path, LoopConfig(updates=10), {})
     for length, share, updates in ((0.0, 1.0, 1.0), (4.0, 0.2, 5.0), (19.0, 0.05, 10)):
-        assert run._schedule(Measured(None, length, {})) == (share, updates)  # type: ignore[arg-type]
+        assert run._schedule(ModelErrors(None, length, {})) == (share, updates)  # type: ignore[arg-type]
     free = Loop("Pendulum-v1", tmp_path / "free", LoopConfig(max_error=None, updates=7), {})
     assert free._schedule(None) == (REAL_SHARE, 7)
 
@@ -107,7 +107,7 @@ def test_what_the_policy_learns_from(tmp_path: Path, made: list[tuple[Any, dict[
 
 def test_real_ends_are_ends() -> None:
     spec = box_spec(1, 1)
-    found = replay(walks([3, 2]), spec, make("sac", DreamVecEnv(mass(), 2)))
+    found = to_replay_buffer(walks([3, 2]), spec, make_algorithm("sac", DreamVecEnv(mass(), 2)))
     assert found.dones[:, 0].tolist() == [0, 0, 1, 0, 1] and found.rewards[:, 0].tolist() == [0, 1, 2, 0, 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from kairos_gym.data.collect import collect
-from kairos_gym.policies.ladder import fingerprint, load, scripted_policies, trained_policies, with_noise
+from kairos_gym.policies.ladder import fingerprint, load_policy, scripted_policies, trained_policies, with_noise
 from world_model.episodes import Episodes
 
 SPACES = [spaces.Box(-2, 1, (2, 2)), spaces.Box(0, 1, (3,), np.float64), spaces.Discrete(3, start=1)]
@@ -72,15 +72,15 @@ def test_noise_is_of_its_size_and_its_seed() -> None:
 
 
 def test_a_users_own_policy(folder: Path) -> None:
-    policy = load(f"sac:{folder / 'sac-0-64.zip'}", "Pendulum-v1")
+    policy = load_policy(f"sac:{folder / 'sac-0-64.zip'}", "Pendulum-v1")
     assert policy.name == "sac-0-64"
     assert policy.act(np.zeros((3, 3), np.float32), 0, np.arange(3)).shape == (3, 1)
     with pytest.raises(ValueError, match="algorithm:path with one of sac, "):
-        load("magic:x.zip", "Pendulum-v1")
+        load_policy("magic:x.zip", "Pendulum-v1")
     with pytest.raises(FileNotFoundError, match=r"no policy file none\.zip"):
-        load("sac:none.zip", "Pendulum-v1")
+        load_policy("sac:none.zip", "Pendulum-v1")
     with pytest.raises(ValueError, match="InvertedPendulum-v5 has"):
-        load(f"sac:{folder / 'sac-0-64.zip'}", "InvertedPendulum-v5")
+        load_policy(f"sac:{folder / 'sac-0-64.zip'}", "InvertedPendulum-v5")
 
 
 def test_discrete_actions_are_learned_by_ppo(tmp_path: Path) -> None:

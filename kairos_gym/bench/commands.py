@@ -19,7 +19,7 @@ from kairos_gym.bench.planners import planners, together
 from kairos_gym.bench.trust import trust
 from kairos_gym.evaluation.memory_bounds import window_floor
 from kairos_gym.evaluation.open_loop import open_loop
-from kairos_gym.learning.recipes import RECIPES, Data, config, data, errors
+from kairos_gym.learning.recipes import RECIPES, TaskData, load_task_data, measure_errors, model_config
 from world_model.dynamics.baselines import fit_ensemble
 from world_model.episodes import Episodes
 from world_model.training.fit import fit
@@ -35,7 +35,7 @@ def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> di
 
     "kairos" is the shipped recipe, "plain" the same transformer without the draft, "pets" the probabilistic ensemble.
     """
-    have, recipe = data(task), RECIPES[task]
+    have, recipe = load_task_data(task), RECIPES[task]
     if form == "pets":
         model: Any = fit_ensemble(have.spec, have.train, cpu_seconds=CPU_SECONDS, seed=seed)
         updates, cpu = model.card["updates"], CPU_SECONDS
@@ -43,11 +43,11 @@ def models(task: str, form: Form, seed: int = 0, out: Path = Path("runs")) -> di
         train = replace(recipe.train, seed=seed)
         if form == "plain":  # nearly all of the time goes to the transformer; 500 updates teach it rewards
             train = replace(train, draft_steps=500, steps=10_000)
-        shape = config(recipe, have.spec, draft=form == "kairos")
+        shape = model_config(recipe, have.spec, draft=form == "kairos")
         model = fit(shape, have.spec, have.train, train, out=out / f"{task}-{form}-{seed}")
         updates, cpu = train.draft_steps + train.steps, model.card["fit"]["cpu_seconds"]
     row = {"task": task, "form": form, "seed": seed, "cpu_seconds": cpu, "updates": updates}
-    return row | {"test": errors(model, have, have.test)}
+    return row | {"test": measure_errors(model, have, have.test)}
 
 
 def recall(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path = Path("runs")) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def recall(task: str, pattern: str, seed: int = 0, steps: int = 800, out: Path =
     have, recipe = _hidden(task), RECIPES[task]
     train = replace(recipe.train, seed=seed, frames=FRAMES, draft_steps=1000, steps=steps)
     # What the last frame doesn't hold is the memory's business here, so the draft sees that frame alone.
-    shape = config(recipe, have.spec, pattern=pattern, window=4, dilation=2, taps=2, draft_frames=1)
+    shape = model_config(recipe, have.spec, pattern=pattern, window=4, dilation=2, taps=2, draft_frames=1)
     assert sum({"S": 4, "D": 4, "G": 0}[kind] for kind in pattern) <= WAIT
     model = fit(shape, have.spec, have.train, train, out=out / f"hidden-{task}-{pattern}-{seed}")
     row = {"task": f"hidden {task}", "pattern": pattern, "seed": seed, "updates": steps}
@@ -84,7 +84,7 @@ def floors(task: str, frame: int) -> tuple[float, float]:
     A window shows where the finger is, and nothing of the target, whose place has nothing to do with it: so the
     distance may be that to any episode's target.
     """
-    have = data(task)
+    have = load_task_data(task)
     first = have.test.starts()
     finger = have.test.obs[first + frame]
     finger = finger[:, 4:6] + finger[:, 8:10]
@@ -117,11 +117,11 @@ def floor(path: Path = Path("reports/bench.jsonl"), out: Path = Path("docs/windo
     figure.savefig(out, metadata={"Date": None})
 
 
-def _hidden(task: str) -> Data:
+def _hidden(task: str) -> TaskData:
     """The task's data with what an observer would have to remember left out."""
     from gymnasium import spaces
 
-    have = data(task)
+    have = load_task_data(task)
     box: Any = have.spec.observation_space
 
     def hide(episodes: Episodes, steps: int) -> Episodes:

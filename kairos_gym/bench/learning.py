@@ -79,11 +79,11 @@ def learning(
             "rounds": curve,
         }
     from envs import make_real
-    from kairos_gym.policies.sb3 import make
+    from kairos_gym.policies.sb3 import make_algorithm
 
     env = make_real(task)
     small = {"gradient_steps": 1, "learning_starts": 100}
-    policy = SAC("MlpPolicy", env, seed=seed) if way == "sb3" else make("sac", env, seed=seed, **small)
+    policy = SAC("MlpPolicy", env, seed=seed) if way == "sb3" else make_algorithm("sac", env, seed=seed, **small)
     found: dict[str, Any] = {}
     for times in (1, MORE):
         policy.learn(times * n - policy.num_timesteps, log_interval=None, reset_num_timesteps=False)
@@ -104,7 +104,7 @@ def gradients(
     algorithm: "shac", by gradients through the dream, or "sac", by Stable-Baselines3, as ``kairos learn`` has them.
     """
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-    from kairos_gym.policies.sb3 import make
+    from kairos_gym.policies.sb3 import make_algorithm
     from kairos_gym.policies.shac import ActorCritic
     from world_model.dynamics.draft_dynamics import DraftDynamics
 
@@ -115,7 +115,7 @@ def gradients(
     else:
         venv = DreamVecEnv(world, 64)
         venv.seed(seed)
-        policy = make("sac", venv, seed=seed)
+        policy = make_algorithm("sac", venv, seed=seed)
     for budget in sorted(cpu_seconds):
         until = time.process_time() + budget - spent
         if algorithm == "shac":

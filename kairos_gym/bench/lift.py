@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from kairos_gym.learning.recipes import RECIPES, collect_split, config, data
+from kairos_gym.learning.recipes import RECIPES, collect_split, load_task_data, model_config
 from kairos_gym.models import load
-from kairos_gym.policies.cloning import best, clone
+from kairos_gym.policies.cloning import best_episodes, clone
 from kairos_gym.report import machine
 from planners import CEM, MPC, Objective, PolicyGuided
 from world_model.episodes import Episodes
@@ -140,14 +140,16 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
 
         return true, about | {"data": None}
     if who == "random-data":
-        recipe, task = RECIPES["lift"], data("lift")
+        recipe, task = RECIPES["lift"], load_task_data("lift")
         episodes = Episodes.from_minari(collect_split(recipe, "random", 3, recipe.episodes, "mixed"))
-        world = fit(config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random")
+        world = fit(
+            model_config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random"
+        )
         about["data"] = "as many random steps"
     else:
         world = load("lift")
     if who == "proposed":
-        task = data("lift")
+        task = load_task_data("lift")
         planner = PolicyGuided(planner, clone(task.spec, task.train))
 
     def dreaming(number: int) -> Act:
@@ -160,29 +162,34 @@ def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], d
 def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
     """SAC, trained in cautious dreams that begin at the experts' states, and by a quarter on the experts' own steps."""
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-    from kairos_gym.learning.learn import replay, start_states
-    from kairos_gym.policies.sb3 import Mixed, make
+    from kairos_gym.learning.learn import start_states, to_replay_buffer
+    from kairos_gym.policies.sb3 import MixedReplayBuffer, make_algorithm
     from world_model.dynamics import Pessimistic
 
-    world, real = load("lift"), data("lift").train
+    world, real = load("lift"), load_task_data("lift").train
     world.starts = start_states(real)
     venv = DreamVecEnv(Pessimistic(world, 1.0), 64, max_episode_steps=16, reward_fn=wanted)
     venv.seed(0)
     nets = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
-    own: dict[str, Any] = {"replay_buffer_class": Mixed, "learning_starts": 0, "gamma": 0.97, "policy_kwargs": nets}
-    policy: Any = make("sac", venv, **own)
+    own: dict[str, Any] = {
+        "replay_buffer_class": MixedReplayBuffer,
+        "learning_starts": 0,
+        "gamma": 0.97,
+        "policy_kwargs": nets,
+    }
+    policy: Any = make_algorithm("sac", venv, **own)
     at = (real.index > 0).nonzero()[:, 0]
     reward = torch.zeros(len(real.obs))
     reward[at] = wanted(real.obs[at - 1], real.action[at], real.obs[at])
-    policy.replay_buffer.real = replay(real, world.spec, policy, reward)
+    policy.replay_buffer.real = to_replay_buffer(real, world.spec, policy, reward)
     policy.replay_buffer.share = 0.25
     policy.learn(POLICY_UPDATES // policy.gradient_steps * venv.num_envs, log_interval=None)
     return lambda number: _alone(lambda obs: policy.predict(obs, deterministic=True)[0])
 
 
 def _cloning(only_best: bool) -> Callable[[int], Act]:
-    task = data("lift")
-    policy = clone(task.spec, best(task.train, BEST) if only_best else task.train)
+    task = load_task_data("lift")
+    policy = clone(task.spec, best_episodes(task.train, BEST) if only_best else task.train)
     return lambda number: _alone(lambda obs: policy(torch.from_numpy(obs)).numpy())
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kairos_gym.data.collect import load_dataset
+from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import calibrate_model
 from kairos_gym.evaluation.control import plan, play
-from kairos_gym.learning.recipes import RECIPES, config
+from kairos_gym.learning.recipes import RECIPES, model_config
 from kairos_gym.report import machine
 from planners import CEM, Plan
 from world_model.dynamics import Pessimistic
@@ -71,7 +71,9 @@ def pessimism(
     spec = spec_of(env, 4)
     env.close()
     folder = f"few-{name.replace('/', '-')}-{''.join(map(str, policies))}-{episodes_of_data}-{seed}"
-    model = fit(config(recipe, spec), spec, few, replace(recipe.train, **UPDATES, seed=seed), out=Path("runs") / folder)
+    model = fit(
+        model_config(recipe, spec), spec, few, replace(recipe.train, **UPDATES, seed=seed), out=Path("runs") / folder
+    )
     calibrate_model(model, few, [Episodes.from_minari(source, chosen[-KEPT:])], [name], seed=seed)
 
     promised = _Promised(planner)

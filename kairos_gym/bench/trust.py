@@ -15,7 +15,7 @@ from kairos_gym.dream.vector_env import DreamVectorEnv
 from kairos_gym.evaluation.calibrate import draw_calibration_windows, dream_errors, taught
 from kairos_gym.evaluation.comparison import steps_of
 from kairos_gym.evaluation.open_loop import Windows
-from kairos_gym.learning.recipes import RECIPES, calibration
+from kairos_gym.learning.recipes import RECIPES, calibration_sets
 from kairos_gym.models import load
 from kairos_gym.report import as_text
 from world_model.episodes import Episodes
@@ -37,7 +37,7 @@ def trust(task: str, dreams: int = 500) -> None:
     learned = model.trust
     assert learned is not None, "shipped models are calibrated"
     have = {}
-    for name, parts in calibration(RECIPES[task]).items():
+    for name, parts in calibration_sets(RECIPES[task]).items():
         windows = draw_calibration_windows(Episodes.join(parts), 1)
         have[name] = _some(windows, taught(windows, parts) if name == "calibration" else 0, dreams)
     seen_by = {name: (windows, dream_errors(model, windows, model.scaling.obs_std)) for name, windows in have.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kairos_gym.data.collect import Behaviour, collect, load_dataset
+from kairos_gym.data.actors import Behaviour
+from kairos_gym.data.collect import collect
+from kairos_gym.data.datasets import load_dataset
 from world_model.episodes import Episodes
 
 RECIPE = (
@@ -20,7 +22,7 @@ RECIPE = (
 
 
 @dataclass(frozen=True)
-class Experience:
+class TrainingData:
     """The episodes of a training, the dataset's name, and whether they are the very same to the last bit.
 
     They may not be where policies that look played: on another processor these act a little differently.
@@ -31,7 +33,7 @@ class Experience:
     same: bool
 
 
-def experience(card: dict[str, Any]) -> Experience:
+def load_training_data(card: dict[str, Any]) -> TrainingData:
     """The training data that a model's ``card`` names; recorded again where they are gone and it says how.
 
     Of data that policies which look played ("ladder", "expert"), those of the same recipe will do.
@@ -70,4 +72,4 @@ def experience(card: dict[str, Any]) -> Experience:
             f"the dataset {name} here holds other episodes than the model was trained on: set MINARI_DATASETS_PATH to "
             "the folder that has the right ones, or go without references (references=False, --no-references)"
         )
-    return Experience(name, episodes, same)
+    return TrainingData(name, episodes, same)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.data.collect import load_dataset
-from kairos_gym.data.training_data import experience
+from kairos_gym.data.datasets import load_dataset
+from kairos_gym.data.training_data import load_training_data
 from kairos_gym.evaluation.open_loop import CONTEXT, Windows, expect_simulator, held_out
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
@@ -34,7 +34,7 @@ def calibrate(
 
     Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or holds an episode that
     the model was trained on, and where they hold too few episodes; FileNotFoundError without such a model or dataset;
-    and what ``experience`` raises where the model's training data can't be had.
+    and what ``load_training_data`` raises where the model's training data can't be had.
     """
     world = load(model)
     if out is None and not Path(model).is_dir():
@@ -50,7 +50,7 @@ def calibrate(
         if not fresh:
             raise ValueError(f"training used all of {name}: record another dataset")
         parts.append(Episodes.from_minari(dataset, fresh))
-    trained_on = experience(world.card).episodes
+    trained_on = load_training_data(world.card).episodes
     for name, part in zip(names, parts, strict=True):
         if known := int(trained_on.holds(part).sum()):
             raise ValueError(f"{known} episodes of {name} are in the model's training data: record others")

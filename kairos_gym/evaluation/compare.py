@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.data.training_data import Experience, experience
+from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation.calibrate import dream_errors
 from kairos_gym.evaluation.comparison import MODEL, OFF, SHUFFLED, Comparison, Speed, TerminationCounts, off
 from kairos_gym.evaluation.memory_bounds import MemoryDrift, memory_drift
@@ -73,7 +73,7 @@ def compare(
     if not 1 <= chunk <= world.spec.chunk:
         raise ValueError(f"chunk must be 1 to {world.spec.chunk}, this model's longest, got {chunk}")
     say = _teller(progress)
-    data = experience(card) if references else None
+    data = load_training_data(card) if references else None
     say("policies")
     players = [*(ladder(env_id, progress=progress) if policies is None else policies), *also]
     _expect_names(players)
@@ -136,7 +136,7 @@ def draw_windows(rollouts: Rollouts, horizon: int, context: int, seed: int) -> W
     return Windows(episodes, first + at, (at + 1).clamp_max(context), horizon, rollouts.states)
 
 
-def expect_apart(data: Experience | None, world: Any, rollouts: Rollouts) -> None:
+def expect_apart(data: TrainingData | None, world: Any, rollouts: Rollouts) -> None:
     """Raises ValueError where an evaluation episode is in part in the training data, or shares a start with the model.
 
     A hundredth of an episode's steps may be known: policies that end in a cycle come back to the same states for ever.
@@ -162,7 +162,7 @@ def expect_apart(data: Experience | None, world: Any, rollouts: Rollouts) -> Non
 
 
 def _references(
-    world: Any, data: Experience | None, card: dict[str, Any], say: Callable[[str], None]
+    world: Any, data: TrainingData | None, card: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     if data is None:
         return {}
@@ -273,7 +273,7 @@ def _memory(world: Any, windows: Windows, dreamed: Imagined) -> dict[int, Memory
     return memory_drift(world, state, real[sound], dreamed.obs[sound], actions[sound])
 
 
-def _unit(world: Any, data: Experience | None, rollouts: Rollouts) -> Tensor:
+def _unit(world: Any, data: TrainingData | None, rollouts: Rollouts) -> Tensor:
     """The std of each dimension in the training data; in the evaluation where that isn't known."""
     if isinstance(world, WorldModel):
         return world.scaling.obs_std.cpu()

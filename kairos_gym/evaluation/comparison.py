@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_gym.data.training_data import Experience
+from kairos_gym.data.training_data import TrainingData
 from kairos_gym.evaluation.agreement import Agreement, agreement
 from kairos_gym.evaluation.calibrate import coverage
 from kairos_gym.evaluation.memory_bounds import MemoryDrift
@@ -65,7 +65,7 @@ class Comparison:
     dream_errors: DreamErrors  # the windows, as ``trust`` sees them
     memory: dict[int, MemoryDrift]  # of each gated-delta layer: written from dreamed and from real frames
     state_bytes: dict[int, int]  # what one dream remembers, by the steps that it has made
-    experience: Experience | None  # what the references were fitted on
+    experience: TrainingData | None  # what the references were fitted on
 
     @property
     def horizons(self) -> list[int]:

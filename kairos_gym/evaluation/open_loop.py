@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kairos_gym.data.collect import load_dataset, simulator_of
+from kairos_gym.data.datasets import load_dataset, simulator_of
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes

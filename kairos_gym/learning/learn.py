@@ -57,14 +57,14 @@ def learn(
         with shac.
     reward_fn: as a dream env takes it, in place of the learned reward; for real the simulator's own counts.
 
-    The folder ``out`` is described at ``kairos_gym.policies.sb3.Record``. A call that was killed goes on where it is repeated
+    The folder ``out`` is described at ``kairos_gym.policies.sb3.TrainingRecord``. A call that was killed goes on where it is repeated
     from the last of these times. In a script of your own, ``torch.set_num_threads(1)`` makes it several times as fast.
 
     Raises ValueError for a wrong argument, for a model without a simulator and for one that wasn't calibrated where a
     guard needs it.
     """
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-    from kairos_gym.policies.sb3 import learn
+    from kairos_gym.policies.sb3 import train_policy
     from world_model.dynamics import Pessimistic
 
     steps = STEPS.get(algorithm, 100_000) if steps is None else steps
@@ -104,7 +104,7 @@ def learn(
     guarded = Pessimistic(world, penalty) if penalty else world
     venv = DreamVecEnv(guarded, dreams, max_error=max_error, reward_fn=reward_fn)
     venv.seed(seed)
-    return learn(
+    return train_policy(
         algorithm,
         venv,
         real,
@@ -131,11 +131,11 @@ def _learn_shac(
     progress: bool,
     **settings: Any,
 ) -> ActorCritic:
-    """``kairos_gym.policies.sb3.learn`` for SHAC."""
-    from kairos_gym.policies.sb3 import Record, evaluate, serialise_settings
+    """``kairos_gym.policies.sb3.train_policy`` for SHAC."""
+    from kairos_gym.policies.sb3 import TrainingRecord, evaluate, serialise_settings
     from kairos_gym.policies.shac import ActorCritic, ShacConfig
 
-    record = Record(out, {"algorithm": "shac", "seed": seed, **about, **serialise_settings(settings)})
+    record = TrainingRecord(out, {"algorithm": "shac", "seed": seed, **about, **serialise_settings(settings)})
     if record.rows:
         agent = ActorCritic.load(record.last)
     else:
@@ -173,7 +173,7 @@ def start_states(episodes: Episodes) -> StartStates:
     return StartStates(episodes.obs[at][:, None], episodes.action[at][:, None])
 
 
-def replay(episodes: Episodes, spec: Spec, policy: Any, reward: Tensor | None = None) -> ReplayBuffer:
+def to_replay_buffer(episodes: Episodes, spec: Spec, policy: Any, reward: Tensor | None = None) -> ReplayBuffer:
     """All steps of ``episodes`` as Stable-Baselines3's off-policy algorithm ``policy`` learns from them.
 
     reward: [F] in place of what was earned.

@@ -17,20 +17,22 @@ from gymnasium import spaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
-from kairos_gym.data.collect import collect, load_dataset
+from kairos_gym.data.collect import collect
+from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import LEAST, dream_errors
 from kairos_gym.evaluation.open_loop import Windows
-from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, replay, start_states
+from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, start_states, to_replay_buffer
 from kairos_gym.learning.loop_config import LoopConfig
 from world_model.contract import Spec
 from world_model.episodes import Episodes, spec_of
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.training.fit import FitConfig, fit
+from world_model.training.config import FitConfig
+from world_model.training.fit import fit
 from world_model.trust import ConformalBound, fit_bound
 
 if TYPE_CHECKING:
-    from kairos_gym.policies.sb3 import Record
+    from kairos_gym.policies.sb3 import TrainingRecord
 
 CHUNK = 4  # the longest that a model imagines at once
 PATTERN = "SG"  # the layers: on small data as good as "SGDG", at half the time
@@ -50,7 +52,7 @@ def loop(
     it learns in proportion, up to ``updates`` a step.
 
     settings: SAC's own, over those of ``kairos_gym.policies.sb3``. In ``out``: the policies and what each earned, for
-    real and in the dream (``kairos_gym.policies.sb3.Record``; "best.zip" is the one to take, chosen by what it earned
+    real and in the dream (``kairos_gym.policies.sb3.TrainingRecord``; "best.zip" is the one to take, chosen by what it earned
     from the ten starts that judge), "world", a model for each round, and "data", a Minari dataset for each. A call that was killed
     goes on where it is repeated. In a script of your own, ``torch.set_num_threads(1)`` makes it several times as fast.
 
@@ -66,7 +68,7 @@ def loop(
     return run.record.rows
 
 
-class Measured(NamedTuple):
+class ModelErrors(NamedTuple):
     """What a round's new episodes said of a model that had not seen them."""
 
     trust: ConformalBound
@@ -79,14 +81,14 @@ class Loop:
 
     def __init__(self, env_id: str, out: Path, config: LoopConfig, settings: dict[str, Any]):
         from envs import make_real
-        from kairos_gym.policies.sb3 import Record, serialise_settings
+        from kairos_gym.policies.sb3 import TrainingRecord, serialise_settings
 
         self.env_id, self.out, self.config, self.settings = env_id, out, config, settings
         env = make_real(env_id)
         self.spec = _expect(env)
         env.close()
         own = {name: value for name, value in asdict(config).items() if name not in ("samples", "target")}
-        self.record: Record = Record(out, {"simulator": env_id, **own, **serialise_settings(settings)})
+        self.record: TrainingRecord = TrainingRecord(out, {"simulator": env_id, **own, **serialise_settings(settings)})
         self.real, self.limit = make_eval_envs(env_id)
         self.episodes: Episodes | None = None
         self.world: WorldModel | None = None
@@ -115,18 +117,18 @@ class Loop:
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
         from kairos_gym.policies.sb3 import evaluate
 
-        number, clock = len(self.record.rows), Clock()
+        number, clock = len(self.record.rows), PhaseTimer()
         if self.policy is not None:
             self.policy.set_random_seed(self._seed(number))
-        fresh = self._gather(number)
+        fresh = self._collect(number)
         clock.tick("play")
-        tested = self._test(fresh, number)
+        tested = self._measure_error(fresh, number)
         clock.tick("trust")
         self._add(fresh)
         self.world = self._train(number, tested)
         clock.tick("model")
         share, updates = self._schedule(tested)
-        self._learn(share, round(updates * int((fresh.index > 0).sum())), number)
+        self._train_policy(share, round(updates * int((fresh.index > 0).sum())), number)
         clock.tick("policy")
         dream = DreamVecEnv(self.world, EVAL_EPISODES, max_episode_steps=self.limit)
         evaluation = evaluate(self.policy, self.real, dream)
@@ -144,7 +146,7 @@ class Loop:
     def _add(self, fresh: Episodes) -> None:
         self.episodes = fresh if self.episodes is None else Episodes.join([self.episodes, fresh])
 
-    def _gather(self, number: int) -> Episodes:
+    def _collect(self, number: int) -> Episodes:
         """The real episodes of a round: random ones in the first, then the policy's own, its noise included."""
         first, left = number == 0, self.config.samples - self.used
         want = self.config.round_steps * (2 if first else 1)
@@ -182,7 +184,7 @@ class Loop:
         card = {"env": self.env_id, "time_limit": self.limit}
         return fit(shape, self.spec, episodes, recipe, out=out, begin=begin, card=card, progress=False)
 
-    def _test(self, fresh: Episodes, number: int) -> Measured | None:
+    def _measure_error(self, fresh: Episodes, number: int) -> ModelErrors | None:
         """How wrong are dreams of episodes that the model has not seen? None where nobody wants to know."""
         config, model, seen = self.config, self.world, self.episodes
         if config.max_error is None and not config.penalty:
@@ -207,9 +209,9 @@ class Loop:
         )
         holds = measured.bound(trust, config.confidence) <= (config.max_error or np.inf)
         errors = {f"error_{h}": _quantile(dreamed.error[:, h - 1]) for h in (1, 8) if h <= config.horizon}
-        return Measured(trust, float(holds.cumprod(1).sum(1).float().mean()), errors)
+        return ModelErrors(trust, float(holds.cumprod(1).sum(1).float().mean()), errors)
 
-    def _train(self, number: int, tested: Measured | None) -> WorldModel:
+    def _train(self, number: int, tested: ModelErrors | None) -> WorldModel:
         """The model, trained further on all episodes, with real states to begin dreams at and its trust."""
         episodes, out = self.episodes, self._world_at(number)
         assert episodes is not None
@@ -221,16 +223,16 @@ class Loop:
         model.save_pretrained(out)
         return model
 
-    def _schedule(self, tested: Measured | None) -> tuple[float, float]:
+    def _schedule(self, tested: ModelErrors | None) -> tuple[float, float]:
         """The share of real steps in what the policy learns from, and its updates for each real step."""
         if tested is None or self.config.max_error is None:
             return REAL_SHARE, self.config.updates
         return 1 / (1 + tested.length), min(self.config.updates, 1 + tested.length)
 
-    def _learn(self, share: float, updates: int, number: int) -> None:
+    def _train_policy(self, share: float, updates: int, number: int) -> None:
         """Train the policy in dreams that begin at real states, and on real steps."""
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-        from kairos_gym.policies.sb3 import Mixed, make
+        from kairos_gym.policies.sb3 import MixedReplayBuffer, make_algorithm
         from world_model.dynamics import Pessimistic
 
         config, episodes = self.config, self.episodes
@@ -248,11 +250,11 @@ class Loop:
         )
         venv.seed(self._seed(number))
         if self.policy is None:
-            own = {"replay_buffer_class": Mixed, "learning_starts": 0, **self.settings}
-            self.policy = make("sac", venv, seed=self._seed(number), **own)
+            own = {"replay_buffer_class": MixedReplayBuffer, "learning_starts": 0, **self.settings}
+            self.policy = make_algorithm("sac", venv, seed=self._seed(number), **own)
         self.policy.set_env(venv)
-        mixed: Mixed = self.policy.replay_buffer
-        mixed.real = replay(episodes, self.spec, self.policy)
+        mixed: MixedReplayBuffer = self.policy.replay_buffer
+        mixed.real = to_replay_buffer(episodes, self.spec, self.policy)
         mixed.share = share
         steps = -(-updates // self.policy.gradient_steps)  # of all dreams at once
         self.policy.learn(steps * config.dreams, log_interval=None, reset_num_timesteps=False)
@@ -262,7 +264,7 @@ def _data(number: int) -> str:
     return f"round-{number:03d}-v0"
 
 
-class Clock:
+class PhaseTimer:
     """CPU seconds, by what they were spent on."""
 
     def __init__(self) -> None:

@@ -13,7 +13,8 @@ import torch
 from minari import MinariDataset
 from torch import Tensor
 
-from kairos_gym.data.collect import Behaviour, collect
+from kairos_gym.data.actors import Behaviour
+from kairos_gym.data.collect import collect
 from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
 from kairos_gym.evaluation.open_loop import CONTEXT, open_loop
 from kairos_gym.models import ZOO
@@ -22,7 +23,8 @@ from world_model.contract import Dynamics, Spec
 from world_model.episodes import Episodes, spec_of
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.training.fit import FitConfig, fit
+from world_model.training.config import FitConfig
+from world_model.training.fit import fit
 
 SEEDS = {"train": 0, "validation": 1, "test": 2}
 # How wrong a dream may be is asked of every kind of policy, so these are played by ladders of ten: in "calibration" the
@@ -109,7 +111,7 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Data:
+class TaskData:
     """The three splits of one task; ``std`` [O] is the training data's, the unit of every error, and 1 where it's 0."""
 
     spec: Spec
@@ -120,7 +122,7 @@ class Data:
     std: Tensor
 
 
-def data(name: str) -> Data:
+def load_task_data(name: str) -> TaskData:
     """Collect the splits of a recipe, or load them where they lie already (see ``kairos_gym.data.collect``)."""
     from envs import make_real
 
@@ -129,7 +131,7 @@ def data(name: str) -> Data:
     env = make_real(recipe.env)
     limit = env.spec.max_episode_steps if env.spec else None
     std = loaded["train"].obs.std(0)
-    return Data(spec_of(env, 4), limit, std=std.where(std > 1e-6, torch.ones_like(std)), **loaded)
+    return TaskData(spec_of(env, 4), limit, std=std.where(std > 1e-6, torch.ones_like(std)), **loaded)
 
 
 def _splits(recipe: Recipe) -> dict[str, tuple[str, int, int, Behaviour]]:
@@ -162,7 +164,7 @@ def collect_split(
     )
 
 
-def calibration(recipe: Recipe) -> dict[str, list[Episodes]]:
+def calibration_sets(recipe: Recipe) -> dict[str, list[Episodes]]:
     """The episodes of each set in CALIBRATION, a ladder each; of "unseen" those of the trained policies alone."""
     sets = {name: [_split(recipe, *about) for about in _ladders(recipe, name)] for name in _sets(recipe)}
     scripted_policies = 4  # of each ladder's ten, the same in all
@@ -182,12 +184,12 @@ def _ladders(recipe: Recipe, name: str) -> list[tuple[str, int, int, Behaviour, 
     return [(f"{name}-{p}", first + p, recipe.ladder_episodes, "ladder", p) for p in CALIBRATION[name]]
 
 
-def config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
+def model_config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
     sizes = {"obs_dim": spec.observation_box.shape[0], "action_dim": spec.action_box.shape[0]}
     return WorldModelConfig.from_dict({**sizes, **recipe.model, **changes})
 
 
-def errors(model: Dynamics, data: Data, episodes: Episodes, behaviour: str = "mixed") -> dict[str, Any]:
+def measure_errors(model: Dynamics, data: TaskData, episodes: Episodes, behaviour: str = "mixed") -> dict[str, Any]:
     """Open-loop NRMSE over the held-out trajectories that last so long, and over those of each "mixed" behaviour."""
     long_enough = episodes.left[episodes.starts()] >= CONTEXT + 64 - 1
     whole = open_loop(model, episodes, data.std, trajectories=int(long_enough.sum()))
@@ -199,8 +201,8 @@ def errors(model: Dynamics, data: Data, episodes: Episodes, behaviour: str = "mi
 
 def build(name: str, out: Path) -> WorldModel:
     """Collect, train (in ``runs/``, from where a killed run goes on), calibrate, measure, and save in ``out``."""
-    recipe, task = RECIPES[name], data(name)
-    model = fit(config(recipe, task.spec), task.spec, task.train, recipe.train, out=Path("runs") / name)
+    recipe, task = RECIPES[name], load_task_data(name)
+    model = fit(model_config(recipe, task.spec), task.spec, task.train, recipe.train, out=Path("runs") / name)
     model.card = {
         "env": recipe.env,
         "time_limit": task.time_limit,
@@ -223,8 +225,8 @@ def build(name: str, out: Path) -> WorldModel:
         "fit": model.card["fit"],
         "errors": {
             "what": "open-loop NRMSE on test trajectories after 16 real frames, RMS and median over trajectories",
-            "validation": errors(model, task, task.validation, recipe.behaviour),
-            "test": errors(model, task, task.test, recipe.behaviour),
+            "validation": measure_errors(model, task, task.validation, recipe.behaviour),
+            "test": measure_errors(model, task, task.test, recipe.behaviour),
         },
         "versions": {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "minari")},
         "machine": machine(),
@@ -235,9 +237,9 @@ def build(name: str, out: Path) -> WorldModel:
     return model
 
 
-def calibrate(recipe: Recipe, model: WorldModel, task: Data) -> None:
+def calibrate(recipe: Recipe, model: WorldModel, task: TaskData) -> None:
     """Calibrate a recipe's model in place, and put on its card how often the bound held on fresh episodes."""
-    sets, name = calibration(recipe), recipe.name
+    sets, name = calibration_sets(recipe), recipe.name
     used = [f"{name}/{split}-v0" for split, *_ in _ladders(recipe, "calibration")]
     calibrate_model(model, task.train, sets.pop("calibration"), used)
     assert model.trust is not None

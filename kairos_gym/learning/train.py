@@ -8,14 +8,15 @@ from typing import Any
 
 import gymnasium as gym
 
-from kairos_gym.data.collect import load_dataset, simulator_of
+from kairos_gym.data.datasets import load_dataset, simulator_of
 from kairos_gym.evaluation.calibrate import LEAST, calibrate_model
 from kairos_gym.evaluation.open_loop import CONTEXT, score
 from world_model.contract import Spec
 from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.training.fit import FitConfig, fit
+from world_model.training.config import FitConfig
+from world_model.training.fit import fit
 
 
 def train(

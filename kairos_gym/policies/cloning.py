@@ -61,7 +61,7 @@ def clone(spec: Spec, episodes: Episodes, *, updates: int = 6000, seed: int = 0)
     return policy.requires_grad_(False)
 
 
-def best(episodes: Episodes, share: float) -> Episodes:
+def best_episodes(episodes: Episodes, share: float) -> Episodes:
     """The ``share`` of the episodes with the highest return, one at least. Raises ValueError outside of (0,1]."""
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")

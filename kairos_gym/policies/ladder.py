@@ -165,7 +165,7 @@ def with_noise(policy: Policy, space: spaces.Box, std: float) -> Policy:
     return Policy(f"{policy.name}, noise {std:g}", act)
 
 
-def load(source: str, env_id: str) -> Policy:
+def load_policy(source: str, env_id: str) -> Policy:
     """A Stable-Baselines3 policy for the simulator ``env_id`` from "algorithm:path", such as "ppo:runs/mine.zip".
 
     Such a file holds pickled Python: load only what you trust. Raises ValueError for an unknown algorithm or other

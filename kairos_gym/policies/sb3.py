@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int = 1000) -> Evaluation:
-    """One whole episode of ``policy``, without its noise, in each of the E envs of ``real`` -> Judged.
+    """One whole episode of ``policy``, without its noise, in each of the E envs of ``real`` -> Evaluation.
 
     Env e begins with seed + e. A ``dream`` of as many envs, whose ``reset`` takes the option "observation", begins at
     the very same observations.
@@ -72,7 +72,7 @@ def _returns(policy: Any, venv: VecEnv) -> NDArray[np.float64]:
     return total
 
 
-class Mixed(ReplayBuffer):
+class MixedReplayBuffer(ReplayBuffer):
     """A replay buffer of imagined steps of whose batches a ``share`` are ``real`` ones (Dyna; arXiv 1906.08253)."""
 
     real: ReplayBuffer | None = None
@@ -91,7 +91,7 @@ class Mixed(ReplayBuffer):
         return ReplayBufferSamples(*both)
 
 
-def make(algorithm: Algorithm, venv: Any, *, seed: int = 0, **settings: Any) -> BaseAlgorithm:
+def make_algorithm(algorithm: Algorithm, venv: Any, *, seed: int = 0, **settings: Any) -> BaseAlgorithm:
     """An SB3 algorithm that learns in ``venv``, with SETTINGS and over them ``settings``.
 
     Raises ValueError for an unknown name.
@@ -107,12 +107,12 @@ def make(algorithm: Algorithm, venv: Any, *, seed: int = 0, **settings: Any) -> 
 
 
 def _silent(model: Any) -> Any:
-    """Without SB3's own logger, which would leave an empty folder behind for every call of ``learn``."""
+    """Without SB3's own logger, which would leave an empty folder behind for every call of ``train_policy``."""
     model.set_logger(Logger(None, []))
     return model
 
 
-def learn(
+def train_policy(
     algorithm: Algorithm,
     venv: VecEnv,
     real: VecEnv,
@@ -129,11 +129,13 @@ def learn(
     """Learn for ``steps`` steps in ``venv``, judged in ``real`` each time after ``every`` -> the algorithm at its end.
 
     dream: as many dreams as ``real`` has envs, to say each time what the policy was imagined to earn (see ``evaluate``).
-    settings: the algorithm's own, over SETTINGS. The folder ``out`` is that of ``Record``; the same call goes on from
+    settings: the algorithm's own, over SETTINGS. The folder ``out`` is that of ``TrainingRecord``; the same call goes on from
     what was kept there last. about: what else has to be the same then, such as what ``venv`` is made of.
     """
-    record = Record(out, {"algorithm": algorithm, "seed": seed, **serialise_settings(settings), **(about or {})})
-    model: Any = record.load(algorithm, venv) if record.rows else make(algorithm, venv, seed=seed, **settings)
+    record = TrainingRecord(
+        out, {"algorithm": algorithm, "seed": seed, **serialise_settings(settings), **(about or {})}
+    )
+    model: Any = record.load(algorithm, venv) if record.rows else make_algorithm(algorithm, venv, seed=seed, **settings)
     callback = _EvalCallback(record, real, dream, every)
     if model.num_timesteps < steps:
         more = steps - model.num_timesteps
@@ -143,12 +145,12 @@ def learn(
 
 
 def serialise_settings(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings as a ``Record`` can keep and compare them."""
+    """Settings as a ``TrainingRecord`` can keep and compare them."""
     return {name: getattr(value, "__qualname__", repr(value)) for name, value in settings.items()}
 
 
-class Record:
-    """What is kept of a policy that learns, in a folder: the same in ``learn`` and in the loop.
+class TrainingRecord:
+    """What is kept of a policy that learns, in a folder: the same in ``train_policy`` and in the loop.
 
     "evaluations.jsonl" has a line for each time that it was judged; "best.zip" is the policy that earned most for real and
     "last-STEPS.zip" the latest, with what it learns from in "replay-STEPS.pkl"; "logs" are TensorBoard's, with the
@@ -237,7 +239,7 @@ def _replace(path: Path, save: Any) -> None:
 class _EvalCallback(BaseCallback):
     """Judges the policy after every so many steps of its training."""
 
-    def __init__(self, record: Record, real: VecEnv, dream: VecEnv | None, every: int):
+    def __init__(self, record: TrainingRecord, real: VecEnv, dream: VecEnv | None, every: int):
         super().__init__()
         self.record, self.real, self.dream, self.every = record, real, dream, every
 

@@ -1,0 +1,1 @@
+"""Experience of real simulators: recorded, and found again."""
