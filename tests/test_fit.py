@@ -21,7 +21,10 @@ from toys import box_spec
 from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.training.fit import FitConfig, Run, fit
+from world_model.training.config import FitConfig
+from world_model.training.fit import fit
+from world_model.training.losses import transition_losses
+from world_model.training.run import TrainingRun
 
 SMALL: dict[str, Any] = dict(
     chunk=2, width=16, action_width=8, heads=1, head_dim=8, window=4, draft_width=24, draft_blocks=1
@@ -82,8 +85,8 @@ def test_learns_what_only_the_memory_knows(tmp_path: Path) -> None:
     state = model.observe(model.initial(40), obs[:, :10], act[:, :10])
     _, imagined = model.imagine(state, act[:, 10:])
     persistence = rms(obs[:, 9:10] - obs[:, 10:])
-    predict_draft = model.predict_draft(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
-    assert rms(model.scaling.raw_obs(predict_draft.mean) - obs[:, 10:]) > 0.9 * persistence
+    draft = model.predict_draft(model.scaling.obs(obs[:, 9]), model.scaling.action(act[:, 10:]))
+    assert rms(model.scaling.raw_obs(draft.mean) - obs[:, 10:]) > 0.9 * persistence
     assert rms(dreamt(imagined) - obs[:, 10:]) < 0.75 * persistence
 
 
@@ -106,9 +109,9 @@ from pathlib import Path
 from typing import Any
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 torch.set_num_threads(1)
-from test_fit import Run, train_short
-update = Run.update
-Run.update = lambda run, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else update(run, step)
+from test_fit import TrainingRun, train_short
+update = TrainingRun.update
+TrainingRun.update = lambda run, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else update(run, step)
 train_short(Path({str(out)!r}))
 """
     done = subprocess.run(
@@ -120,16 +123,16 @@ train_short(Path({str(out)!r}))
 def interrupted_at(out: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ctrl-C before update ``step`` -> the updates that were made until then."""
     made: list[int] = []
-    update = Run.update
+    update = TrainingRun.update
 
-    def stops(run: Run, now: int) -> dict[str, Tensor]:
+    def stops(run: TrainingRun, now: int) -> dict[str, Tensor]:
         if now == step:
             raise KeyboardInterrupt
         made.append(now)
         return update(run, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", stops)
+        patch.setattr(TrainingRun, "update", stops)
         if step < 0:
             train_short(out)
         else:
@@ -177,7 +180,7 @@ def test_same_seed_same_weights_other_seed_others(tmp_path: Path, unbroken: dict
 
 @pytest.mark.parametrize(
     ("train", "weight"),
-    [(replace(SHORT, draft_ema=0.0), "draft.leave.weight"), (replace(SHORT, ema=0.0), "tokens.out.weight")],
+    [(replace(SHORT, draft_ema=0.0), "draft.out_proj.weight"), (replace(SHORT, ema=0.0), "tokens.out.weight")],
     ids=["draft", "memory"],
 )
 def test_what_is_saved_is_the_average(
@@ -252,9 +255,10 @@ def test_a_bound_that_is_overshot_costs_nothing(tmp_path: Path) -> None:
     spec = replace(box_spec(1, 1), observation_space=spaces.Box(-2.0, 2.0, (1,), np.float32))
     for reach, learns in ((0.5, False), (-0.5, True)):
         model = WorldModel(WorldModelConfig(1, 1, **SMALL | {"chunk": 8}), spec)
-        run = Run(model, Episodes.stack(stuck), SHORT, tmp_path, "")
+        run = TrainingRun(model, Episodes.stack(stuck), SHORT, tmp_path, "")
         assert model.draft is not None
         model.draft.out_proj.bias.data[0] = reach
-        run._backward({"draft": run._draft_losses()["draft"]})
+        batch = run.batches.transitions(SHORT.draft_batch, run.generator)
+        run._backward({"draft": transition_losses(model, batch, run._forward)["draft"]})
         grad = model.draft.out_proj.bias.grad
         assert grad is not None and (grad[0] != 0) == learns

@@ -382,13 +382,13 @@ def test_where_none_can_be_captured_each_kernel_is_launched(
 ) -> None:
     model = tiny_model("SG").cuda()
     state, actions = seen(model, 2), played(model, 2, 2)
-    dream = model.dream
+    imagine = model.imagine_unchecked
 
     def looks(*args: Any) -> Any:
         bool(args[1].sum() > 0)  # asks for a number
-        return dream(*args)
+        return imagine(*args)
 
-    gpu.setattr(model, "dream", looks)
+    gpu.setattr(model, "imagine_unchecked", looks)
     gpu.setattr("world_model.runtime.cuda_graph._failed", BROKEN)
     for _ in range(4):
         ours = model.imagine(state, actions)

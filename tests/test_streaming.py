@@ -21,7 +21,8 @@ from world_model.model.world_model import DraftPrediction, WorldModel
 from world_model.noise import normal
 from world_model.ops.layout import Layout
 from world_model.state import LatentState
-from world_model.training.fit import FitConfig, fit
+from world_model.training.config import FitConfig
+from world_model.training.fit import fit
 
 TIGHT: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 PATTERNS = st.text("SDG", min_size=1, max_size=4)

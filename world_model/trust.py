@@ -1,14 +1,14 @@
-"""Trust: how wrong a dream may be by now, as a bound that holds with a stated confidence.
+"""A bound on a dream's error, which holds with a stated confidence (split conformal prediction, arXiv 2107.07511).
 
-A dream's error after h steps without evidence is the RMS over dimensions of (dreamed - real) / unit. Its bound is
-q_h(confidence) * u: u is the dream's own doubt, which grows along its path by a small learned rule, and q_h the
-quantile of error / u among held-out dreams of h steps (split conformal prediction, arXiv 2107.07511). So the rule only
-decides how sharp the bound is; that it holds comes from the quantiles, for dreams like those they were taken from: a
-new draw of the same kind of episodes and actions. Windows of one episode count as draws of their own, though they
-aren't quite.
+The error of a dream after h steps without evidence is the RMS over dimensions of (dreamed - real) / unit. Its bound is
+q_h(confidence) * u. The uncertainty u grows along the dream's path by a small learned network; q_h is the quantile of
+error / u among held-out dreams of h steps. The network decides only how sharp the bound is. That it holds follows from
+the quantiles, for dreams like those they were taken from: new draws of the same kind of episodes and actions. (Windows
+of one episode count as independent draws, which they are not quite.)
 
-The rule sees where a step begins, what is played, and how far that lies from the nearest of some steps that the model
-was trained on. Without the last it takes the policies that taught it for the world, and is sure where it knows nothing.
+The network sees where a step begins, what is played, and how far both lie from the nearest of some steps that the model
+was trained on. Without that distance it would take the calibration's policies for the world, and be sure where it knows
+nothing.
 """
 
 from __future__ import annotations
@@ -26,36 +26,34 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 LEVELS = torch.arange(100, 200) / 200  # 0.5 to 0.995
-HIDDEN = 32  # of the rule's hidden layers
-REFERENCES = 256  # steps of the training data that a step's distance is taken from
-MIN_DISTANCE = 0.05  # distances below this are rounding as much as distance
-INPUT_NOISE = 0.3  # std, on what the rule sees while it learns, so that it doesn't learn policies by heart
-INPUT_CLIP = 5.0  # std, beyond which the rule sees no difference
-MAX_UNCERTAINTY = (
-    2.0  # where a doubt stops growing: two states that have nothing to do with each other are about 1.4 apart
-)
-QUANTILE = 0.9  # what the rule is taught to be: the bound that most will ask for
+HIDDEN = 32  # width of the network's hidden layers
+REFERENCES = 256  # steps of the training data from which distances are measured
+MIN_DISTANCE = 0.05  # smaller distances are mostly rounding
+INPUT_NOISE = 0.3  # std, added to the inputs in training, so that the network doesn't memorise policies
+INPUT_CLIP = 5.0  # std
+MAX_UNCERTAINTY = 2.0  # two unrelated states are about 1.4 apart
+QUANTILE = 0.9  # of the error, which the network learns to predict: the confidence that most will ask for
 
 
 @dataclass(frozen=True)
 class ConformalBound:
-    """The rule u' = min(growth * u + injection, FULL), and the quantiles."""
+    """The uncertainty u' = min(growth * u + injection, MAX_UNCERTAINTY), and the quantiles of error / u."""
 
     model: Tensor  # uint8 [n], the fingerprint of the weights that it was calibrated with
     mean: Tensor  # [O+A], of the observations and actions that the model was trained on
     unit: Tensor  # [O+A], 1 / their std; 0 for what never moves
-    reference: Tensor  # [KNOWN,O+A], some of them, in these units
+    reference: Tensor  # [R,O+A], some of them, in these units
     in_weight: Tensor  # [O+A+1,D]
     in_bias: Tensor  # [D]
     hidden_weight: Tensor  # [D,D]
     hidden_bias: Tensor
     out_weight: Tensor  # [D,2]
     out_bias: Tensor
-    initial_log: Tensor  # [2], log of the doubt before the first step: after one real frame, and after more
+    initial_log: Tensor  # [2], log of u before the first step: after one real frame, and after more
     quantiles: Tensor  # [2,Q,H] of error / u, dreamed step by step and in the longest chunks; infinite where too few
     counts: Tensor  # int64 [H], how many dreams lived that long
 
-    # Logarithms of growth and injection lie so far around these: a doubt grows or shrinks by e^0.5 a step at most.
+    # The logarithms of growth and injection lie within centre +- reach, so u changes by at most e^0.5 a step.
     centre: ClassVar[Tensor] = torch.tensor([0.0, -8.0])
     reach: ClassVar[Tensor] = torch.tensor([0.5, 7.5])
 
@@ -75,19 +73,19 @@ class ConformalBound:
             )
 
     def initial(self, seen: Tensor) -> Tensor:
-        """The doubt of B dreams that have just seen so many real frames, int64 [B] -> [B]."""
+        """The uncertainty of B dreams that have just observed so many real frames, int64 [B] -> [B]."""
         return self.initial_log[seen.clamp_max(2) - 1].exp()
 
     def propagate(self, uncertainty: Any, before: Any, actions: Any) -> Any:
-        """The doubt [B] after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
+        """The uncertainty after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
 
-        All in torch, or all in numpy, which is faster where the dreams are few.
+        Arguments are all tensors, or all numpy arrays, which is faster for few dreams.
         """
         xp, own = (torch, self) if isinstance(uncertainty, Tensor) else (np, self._in_numpy)
         return _grow(xp, own, uncertainty, _seen(xp, own, xp.concatenate([before, actions], -1)))
 
     def distance(self, before: Tensor, actions: Tensor) -> Tensor:
-        """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest known one -> [B,K].
+        """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest reference step -> [B,K].
 
         The RMS over observations and actions, each over its std in the training data.
         """
@@ -95,21 +93,21 @@ class ConformalBound:
         return (_apart(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
 
     def transfer(self, fingerprint: str, reference: Tensor, *, seed: int = 0) -> ConformalBound:
-        """The same rule for another model, which was trained on the steps ``reference`` [S,O+A] -> Trust.
+        """The same network for another model, trained on the steps ``reference`` [S,O+A] -> Trust.
 
-        Its quantiles hold for that model as far as it is no worse than the one they were measured with.
+        The quantiles hold for that model as long as it is no worse than the one they were measured with.
         """
         some = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
         return replace(self, model=_as_bytes(fingerprint), reference=(reference[some] - self.mean) * self.unit)
 
     @cached_property
     def toward(self) -> Tensor:
-        """[O+A,KNOWN], and with ``square`` what the distance from ``reference`` is made of."""
+        """[O+A,R], and with ``square`` what the distance from ``reference`` is made of."""
         return (-2 * self.reference.T).contiguous()
 
     @cached_property
     def square(self) -> Tensor:
-        """[KNOWN], the squared length of ``reference``."""
+        """[R], the squared length of ``reference``."""
         return self.reference.square().sum(-1)
 
     @cached_property
@@ -119,7 +117,7 @@ class ConformalBound:
         return SimpleNamespace(**{name: t.numpy() for name, t in tensors.items()})
 
     def quantile(self, confidence: float, chunk: int = 1) -> Tensor:
-        """By what the doubt is multiplied to bound the error, after each step -> [H+1], the last for all beyond H.
+        """The factor of u that bounds the error after each step -> [H+1]; the last is infinite: no bound beyond H.
 
         chunk: how many steps are dreamed at once.
         """
@@ -147,20 +145,20 @@ class ConformalBound:
 
 
 def _apart(xp: Any, own: Any, raw: Any) -> tuple[Any, Any]:
-    """Observations and actions [B,K,O+A] -> the same in std [B*K,O+A], and the least |x - known|^2 [B*K]."""
+    """Observations and actions [B,K,O+A] -> the same in std [B*K,O+A], and the least |x - reference|^2 [B*K]."""
     x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
     return x, xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)
 
 
 def _seen(xp: Any, own: Any, raw: Any) -> Any:
-    """Observations and actions [B,K,O+A] -> what the rule sees, [B,K,O+A+1]."""
+    """Observations and actions [B,K,O+A] -> the network's inputs, [B,K,O+A+1]."""
     x, square = _apart(xp, own, raw)
     far = 0.5 * xp.log(square.clip(MIN_DISTANCE**2, None))[:, None]
     return xp.concatenate([x, far], 1).clip(-INPUT_CLIP, INPUT_CLIP).reshape(*raw.shape[:-1], -1)
 
 
 def _grow(xp: Any, own: Any, uncertainty: Any, seen: Any) -> Any:
-    """The doubt [B] along what the rule sees, [B,K,O+A+1] -> [B,K]."""
+    """The uncertainty [B] along inputs [B,K,O+A+1] -> [B,K]."""
     x = xp.tanh(seen @ own.in_weight + own.in_bias)
     x = xp.tanh(x @ own.hidden_weight + own.hidden_bias)
     rates = xp.exp(own.centre + own.reach * xp.tanh(x @ own.out_weight + own.out_bias))
@@ -184,16 +182,16 @@ class DreamErrors(NamedTuple):
         return DreamErrors(*(x[rows] for x in self))
 
     def uncertainty(self, trust: ConformalBound) -> Tensor:
-        """What the bound is a multiple of -> [W,H]."""
+        """The uncertainty along each dream -> [W,H]."""
         return trust.propagate(trust.initial(self.seen), self.before, self.actions)
 
     def bound(self, trust: ConformalBound, confidence: float, chunk: int = 1) -> Tensor:
-        """What ``trust`` says of each dream after each step -> [W,H]."""
+        """The bound of each dream after each step -> [W,H]."""
         steps = torch.arange(self.error.shape[1]).clamp_max(trust.horizon)
         return self.uncertainty(trust) * trust.quantile(confidence, chunk)[steps]
 
     def scores(self, trust: ConformalBound) -> Tensor:
-        """Error over doubt -> [W,H]; NaN where there is no error to speak of."""
+        """Error over uncertainty -> [W,H]; NaN where there is no error to speak of."""
         score = (self.error / self.uncertainty(trust)).nan_to_num(torch.inf, torch.inf)
         return torch.where(self.error.isnan(), torch.nan, score)
 
@@ -208,15 +206,15 @@ def fit_bound(
     seed: int = 0,
     updates: int = 600,
 ) -> ConformalBound:
-    """Learn the rule from some dreams, and take the quantiles from others -> Trust.
+    """Train the network on some dreams, and take the quantiles from others -> ConformalBound.
 
-    known: [S,O+A], what steps of the training data began at and played. single, longest: dreamed step by step, and in
+    reference: [S,O+A], observations and actions of the training steps. single, longest: dreamed step by step, and in
     the longest chunks.
     """
     generator = torch.Generator().manual_seed(seed)
     trust = _initial_bound(fingerprint, reference, teaching.error, generator)
-    taught = _seen(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
-    _train_growth(trust, taught, teaching.error, teaching.seen, generator, updates)
+    inputs = _seen(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
+    _train_growth(trust, inputs, teaching.error, teaching.seen, generator, updates)
     (quantiles, counts), (chunked, _) = (conformal(dreams.scores(trust)) for dreams in (single, longest))
     return replace(trust, quantiles=torch.stack([quantiles, chunked]), counts=counts)
 
@@ -263,8 +261,8 @@ def _initial_bound(fingerprint: str, reference: Tensor, error: Tensor, generator
 def _train_growth(
     trust: ConformalBound, inputs: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int
 ) -> None:
-    """Make the doubt after every step the 90% quantile of the error there: the pinball loss on logarithms."""
-    fixed = ("model", "mean", "unit", "known", "quantiles", "counts")
+    """Train u after every step to be the 90% quantile of the error there: the pinball loss of logarithms."""
+    fixed = ("model", "mean", "unit", "reference", "quantiles", "counts")
     learned = [t for name, t in trust.tensors().items() if name not in fixed]
     for tensor in learned:
         tensor.requires_grad_()

@@ -27,7 +27,8 @@ from world_model.model.world_model import WorldModel
 from world_model.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from world_model.ops.native import library
 from world_model.state import LatentState
-from world_model.training.fit import FitConfig, Run
+from world_model.training.config import FitConfig
+from world_model.training.run import TrainingRun
 
 DREAMS = (1, 16, 64, 256, 1024)
 ROUNDS = 7
@@ -220,7 +221,7 @@ def updates() -> dict[str, Any]:
     length = FitConfig(draft_steps=10**6, steps=10**6)
     jobs: dict[str, Callable[[], float]] = {}
 
-    def updating(run: Run, first: int, kernels: str) -> Callable[[], float]:
+    def updating(run: TrainingRun, first: int, kernels: str) -> Callable[[], float]:
         def some() -> float:
             with kernels_of(kernels):
                 for i in range(40):  # all chunk lengths alike
@@ -233,7 +234,7 @@ def updates() -> dict[str, Any]:
         for phase, first in (("draft", 0), ("memory", length.draft_steps)):
             model = WorldModel(shipped.config, shipped.spec)
             model.scaling.measure(episodes)
-            jobs[f"{phase}, {kernels}"] = updating(Run(model, episodes, length, Path(), ""), first, kernels)
+            jobs[f"{phase}, {kernels}"] = updating(TrainingRun(model, episodes, length, Path(), ""), first, kernels)
     rates = _by_turns(jobs)
     return {
         "bench": "updates",

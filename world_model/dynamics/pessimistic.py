@@ -1,4 +1,4 @@
-"""Dynamics in which ignorance costs: a plan that leads where the model knows little earns less."""
+"""Dynamics whose rewards are lowered where the model knows little, so that plans and policies stay elsewhere."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ _OWN = ("uncertainty", "uncertainty.seen", "uncertainty.obs")
 
 
 class Pessimistic:
-    """A calibrated model whose rewards are lowered by its ignorance, as MOPO's are (arXiv 2005.13239).
+    """A calibrated model whose reward is lowered by ``penalty`` times its uncertainty (MOPO, arXiv 2005.13239).
 
-    by: what each step costs ``penalty`` times, also where an objective pays. "distance" is how far the step lies
-    from what the model was trained on. "uncertainty" is that of ``world_model.trust`` after the step: it grows along each
-    imagined path, faster where the model was trained on nothing similar. Both are an RMS over dimensions in standard
-    deviations. The penalty's unit is the standard deviation of the reward that the model was trained on, so that one
-    number means about the same on every task (in dynamics without a ``scaling`` it is 1; for a ``reward_fn`` of another
-    size, multiply). All planners plan in it as in any ``Dynamics``:
+        MPC(Pessimistic(model, penalty=2.0), CEM())
+        DreamVecEnv(Pessimistic(model, penalty=1.0), 64)
 
-        MPC(Cautious(model, penalty=2.0), CEM())
+    by: the measure of uncertainty. "distance": how far a step lies from the training data. "uncertainty": that of the
+        error bound (``world_model.trust``), which accumulates along the imagined path. Both are an RMS over dimensions
+        in standard deviations.
+    penalty: in standard deviations of the training data's reward, so that one number suits every task; in the reward's
+        unit for dynamics without a ``scaling``. It also lowers an objective's own ``reward_fn`` (``Imagined.cost``).
 
-    and policies learn in it as in any model: ``DreamVecEnv(Pessimistic(model, penalty=1.0), 64)``.
+    It helps models of narrow data, such as a few policies' episodes, whose plans promise more than they earn. For a
+    model of random actions, which go everywhere, it mostly costs (``kairos bench pessimism``).
 
-    It is for models that have seen little but what some policies do, whose plans promise more than they earn. In a
-    model of random actions, which go everywhere, it mostly costs (``kairos bench caution``).
-
-    Raises ValueError where the model isn't calibrated; on the CPU only, where a model's trust is.
+    Raises ValueError where the model isn't calibrated, or isn't on the CPU, where the error bound is computed.
     """
 
     def __init__(self, dynamics: Dynamics, penalty: float, by: Literal["uncertainty", "distance"] = "distance"):
         self.trust: Any = getattr(dynamics, "trust", None)
         if self.trust is None:
-            raise ValueError("these dynamics know nothing of their error: kairos calibrate gives a model its trust")
+            raise ValueError("these dynamics have no error bound: calibrate the model first (kairos calibrate)")
         if isinstance(dynamics, Pessimistic):
             raise ValueError("these dynamics are pessimistic already: give the model itself a larger penalty")
         if not penalty >= 0:
@@ -51,7 +49,7 @@ class Pessimistic:
     def spec(self) -> Spec:
         return self.dynamics.spec
 
-    # What a dream env also asks of its model.
+    # A dream env also uses these of its model.
 
     @property
     def starts(self) -> Any:
@@ -62,7 +60,7 @@ class Pessimistic:
         return getattr(self.dynamics, "card", None)
 
     def fingerprint(self) -> str:
-        """Of the weights, the penalty and its kind."""
+        """A digest of the weights, and the penalty and its measure."""
         own: Any = self.dynamics
         return f"{own.fingerprint()} pessimistic {self.penalty:g} {self.by}"
 
@@ -76,15 +74,15 @@ class Pessimistic:
         return self._with(state, torch.zeros(batch), seen, torch.zeros(batch, size))
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """See ``Dynamics.observe``. What was seen is certain: the uncertainty starts anew."""
+        """See ``Dynamics.observe``. Real frames are certain, so the uncertainty starts anew."""
         after, seen = self.dynamics.observe(_without(state), obs, actions), state["uncertainty.seen"] + obs.shape[1]
         return self._with(after, self.trust.initial(seen), seen, obs[:, -1].float())
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        """See ``Dynamics.imagine``; rewards are lowered by what ``by`` says."""
+        """See ``Dynamics.imagine``; rewards are lowered by the penalty, which is also the ``cost``."""
         after, imagined = self.dynamics.imagine(_without(state), actions, decode=True)
         if imagined.obs is None:
-            raise ValueError("these dynamics predict no observations, so nothing can be told of their error")
+            raise ValueError("these dynamics predict no observations, so their error can't be bounded")
         path = torch.cat([state["uncertainty.obs"][:, None], imagined.obs.float()], 1)
         begin, actions = path[:, :-1], actions.float()
         if self.by == "distance":
