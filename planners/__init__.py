@@ -10,6 +10,7 @@ from planners.mppi import MPPI
 from planners.objective import Objective
 from planners.plan import Plan, SearchTrace
 from planners.policy_guided import PolicyGuided
+from planners.problem import Problem
 from planners.scoring import Scores, score
 from planners.search import Search
 from planners.shooting import RandomShooting
@@ -25,6 +26,7 @@ __all__ = [
     "Plan",
     "Planner",
     "PolicyGuided",
+    "Problem",
     "RandomShooting",
     "Scores",
     "Search",

@@ -79,7 +79,7 @@ class Costable:
         """The state of B rows to dream from, and their present observations [B,O] where the objective looks."""
         fresh, obs = self.dynamics.initial(batch), None
         remembers = any(key.startswith(_STATE) for key in info_dict)
-        if not remembers or self.goal is not None or self.objective.looks:
+        if not remembers or self.goal is not None or self.objective.needs_obs:
             frames, size = self._entry(info_dict, self.key), self.dynamics.spec.observation_box.shape[0]
             frames = frames[:, None] if frames.ndim == 2 else frames
             if frames.shape != (batch, *frames.shape[1:2], size):

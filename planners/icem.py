@@ -45,7 +45,7 @@ class ICEM(SearchPlanner):
     def find(self, search: Search) -> Plan:
         """-> the best sequence [B,H,K,A] seen in each row, its own imagined return [B], and the kept elites."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
-        kept, stay = round(self.keep * self.elites), search.known[:, :0]
+        kept, stay = round(self.keep * self.elites), search.warm_candidates[:, :0]
         for iteration in range(self.iterations):
             count = min(max(int(self.candidates * self.shrink**-iteration), 2 * self.elites), self.candidates)
             samples = search.around(mean, std, search.coloured(count, self.colour))

@@ -31,8 +31,9 @@ class MPC:
         mpc.reset()  # before the next episode
 
     Row b of ``MPC(..., seed=s)`` decides as ``MPC(..., seed=s + b)`` would alone, and ``reset`` begins the same
-    sequence of decisions again. ``plan`` is the last plan made, None before the first; with ``keep`` it holds all that
-    was dreamed for it. ``predict`` is the same as Stable-Baselines3 asks for it, for ``evaluate_policy`` and its like.
+    sequence of decisions again. ``plan`` is the last plan made, None before the first; with ``keep_trace`` it holds
+    all that was dreamed for it. ``predict`` is ``act`` with the signature of Stable-Baselines3's
+    policies, for ``evaluate_policy`` and the like.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class MPC:
         objective: Objective = Objective(),
         *,
         seed: int = 0,
-        keep: bool = False,
+        keep_trace: bool = False,
     ):
-        self.dynamics, self.planner, self.objective, self.seed, self.keep = dynamics, planner, objective, seed, keep
+        self.dynamics, self.planner, self.objective, self.seed = dynamics, planner, objective, seed
+        self.keep_trace = keep_trace
         self.reset()
 
     def reset(self, batch: int = 1) -> None:
@@ -100,7 +102,7 @@ class MPC:
             seed=self._seeds * 1_000_003 + self._decisions,  # apart for all rows and decisions
             obs=now.to(state.device),
             objective=self.objective,
-            keep=self.keep,
+            keep_trace=self.keep_trace,
         )
         lost = (~plan.value.isfinite()).nonzero().flatten().tolist()
         if lost:

@@ -46,7 +46,7 @@ class MPPI(SearchPlanner):
             weights = self._weights(search.score(samples))
             mean = torch.einsum("bn,bnhka->bhka", weights, samples)
             std = std * self.decay
-        return search.chosen(mean)
+        return search.finalise(mean)
 
     def _weights(self, scored: Scores) -> Tensor:
         """-> weights [B,N] that sum to 1; a return of -inf weighs nothing while another is finite."""

@@ -52,17 +52,17 @@ class Objective:
             raise ValueError("a cost_fn needs a cost_limit, a penalty, or both, and they need a cost_fn")
 
     @property
-    def looks(self) -> bool:
+    def needs_obs(self) -> bool:
         """Whether it asks for the observations at every step."""
-        return self.pays or self.cost_fn is not None
+        return self.replaces_reward or self.cost_fn is not None
 
     @property
-    def pays(self) -> bool:
+    def replaces_reward(self) -> bool:
         """Whether the reward is its own, not the dynamics'."""
         return self.reward_fn is not None or self.goal is not None
 
     def reward(self, obs: Tensor, action: Tensor, next_obs: Tensor, goal: Tensor | None) -> Tensor:
-        """What steps [R,K,...] earn [R,K] where it ``pays``; goal [R,O] is each row's own."""
+        """What steps [R,K,...] earn [R,K] where it ``replaces_reward``; goal [R,O] is each row's own."""
         if self.reward_fn is not None:
             return self.reward_fn(obs, action, next_obs)
         assert goal is not None

@@ -11,7 +11,7 @@ from planners.scoring import Scores
 
 
 class SearchTrace(NamedTuple):
-    """All that a search dreamed up, its rounds one after the other."""
+    """All that a search dreamed, its rounds one after the other."""
 
     candidates: Tensor  # [B,N,H,K,A]
     scored: Scores  # [B,N], with futures [B,N,H*K,O]
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     violation: Tensor | None = None  # [B], by how much it exceeds the limits; None where there are none
     evaluations: int = 0  # sequences dreamed for each row
     seconds: float = 0.0  # that all rows took together
-    kept: SearchTrace | None = None  # where it was asked for
+    trace: SearchTrace | None = None  # where it was asked for
 
     def shifted(self, last: Tensor) -> Plan:
         """The plan one chunk later: the first chunk is gone, action ``last`` [A] fills the one that comes in.

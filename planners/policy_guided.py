@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from planners.base import SearchPlanner, require_positive
-from planners.objective import Objective
 from planners.plan import Plan
+from planners.problem import Problem
 from planners.search import Search, bounds
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-_APART = 0x5EED  # so that the policy's noise isn't the planner's
+_NOISE_KEY = 0x5EED  # so that the policy's noise isn't the planner's
 
 
 @dataclass(frozen=True)
@@ -38,37 +39,30 @@ class PolicyGuided:
         require_positive(proposals=self.proposals, std=self.std)
 
     @torch.no_grad()
-    def plan(
-        self,
-        dynamics: Dynamics,
-        state: LatentState,
-        *,
-        warm: Plan | None = None,
-        seed: int | Tensor = 0,
-        obs: Tensor | None = None,
-        objective: Objective = Objective(),
-        keep: bool = False,
-    ) -> Plan:
+    def plan(self, dynamics: Dynamics, state: LatentState, **options: Any) -> Plan:
         """See ``Planner.plan``. Raises ValueError without ``obs``."""
+        start_time, planner, n = time.perf_counter(), self.planner, 1 + self.proposals
+        problem = Problem(dynamics, state, **options)
+        obs, warm = problem.obs, problem.warm
         if obs is None:
             raise ValueError("a policy proposes from what it sees: pass the present observations as obs [B,O]")
-        begun, planner, n = time.perf_counter(), self.planner, 1 + self.proposals
-        search = Search(dynamics, state, (planner.horizon * planner.chunk, 1), seed=torch.as_tensor(seed) ^ _APART)
+        noise_seed = torch.as_tensor(problem.seed) ^ _NOISE_KEY
+        search = Search(Problem(dynamics, state, seed=noise_seed), (planner.horizon * planner.chunk, 1))
         low, high = bounds(dynamics.spec, state.device)
         noise = self.std * (high - low) / 2 * search.normal(n)  # [B,1+P,H*K,1,A]
         noise[:, 0] = 0
-        dream, seen = state.expand(n), obs.repeat_interleave(n, 0)
+        dream, current = state.expand(n), obs.repeat_interleave(n, 0)
         actions: list[Tensor] = []
         for number, step in enumerate(noise.flatten(0, 1).unbind(1)):
             if number % planner.chunk and planner.repeat:
                 actions.append(actions[-1])
             else:
-                actions.append((self._acted(seen, len(low))[:, None] + step).clamp(low, high))
+                actions.append((self._act(current, len(low))[:, None] + step).clamp(low, high))
             dream, imagined = dynamics.imagine(dream, actions[-1], decode=True)
             if imagined.obs is None:
                 raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
-            seen = imagined.obs[:, 0]
-        # Where a dream was lost, so is what the policy makes of it: the middle of the bounds takes its place.
+            current = imagined.obs[:, 0]
+        # Where a dream turned non-finite, so did the policy's actions: the middle of the bounds takes their place.
         proposed = torch.cat(actions, 1)
         middle = (low + high) / 2
         proposed = torch.where(proposed.isfinite(), proposed, middle)
@@ -77,11 +71,11 @@ class PolicyGuided:
         elites = [] if warm is None or warm.elites is None else [warm.elites]
         elites += [last[:, None], proposed[:, 1:]]
         start = Plan(proposed[:, 0], obs.new_full((len(obs),), -torch.inf), torch.cat(elites, 1))
-        plan = planner.plan(dynamics, state, warm=start, seed=seed, obs=obs, objective=objective, keep=keep)
-        return plan._replace(evaluations=plan.evaluations + n, seconds=time.perf_counter() - begun)
+        plan = planner.plan(dynamics, state, **{**options, "warm": start})
+        return plan._replace(evaluations=plan.evaluations + n, seconds=time.perf_counter() - start_time)
 
-    def _acted(self, seen: Tensor, size: int) -> Tensor:
-        action = self.policy(seen)
-        if action.shape != (len(seen), size):
-            raise ValueError(f"policy must give [R,A] = {[len(seen), size]} for obs [R,O], got {list(action.shape)}")
+    def _act(self, obs: Tensor, size: int) -> Tensor:
+        action = self.policy(obs)
+        if action.shape != (len(obs), size):
+            raise ValueError(f"policy must give [R,A] = {[len(obs), size]} for obs [R,O], got {list(action.shape)}")
         return action

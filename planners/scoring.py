@@ -73,7 +73,7 @@ def score(
     if not 1 <= candidates.shape[3] <= dynamics.spec.chunk:
         raise ValueError(f"candidates have chunks of K={candidates.shape[3]}; give 1 <= K <= {dynamics.spec.chunk}")
     expected = (state.batch, dynamics.spec.observation_box.shape[0])
-    if objective.looks and (obs is None or obs.shape != expected):
+    if objective.needs_obs and (obs is None or obs.shape != expected):
         got = "None" if obs is None else list(obs.shape)
         raise ValueError(f"with this objective, pass the present observations as obs {list(expected)}, got {got}")
     goal = objective.goal
@@ -112,19 +112,19 @@ def _dream(
 ) -> Scores:
     """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
     rewards, ends, costs, seen = [], [], [], []
-    looks, chunks = objective.looks, actions.unbind(1)
+    needs_obs, chunks = objective.needs_obs, actions.unbind(1)
     for number, chunk in enumerate(chunks, 1):
-        decode = looks or futures or (number == len(chunks) and objective.value_fn is not None)
+        decode = needs_obs or futures or (number == len(chunks) and objective.value_fn is not None)
         state, imagined = dynamics.imagine(state, chunk, decode=decode)
         reward, after = imagined.reward, imagined.obs
         if decode:
             if after is None:
                 raise ValueError("this objective needs observations, but imagine(decode=True) gave None")
             seen.append(after)
-        if looks:
+        if needs_obs:
             assert obs is not None and after is not None
             before, obs = torch.cat([obs[:, None], after[:, :-1]], dim=1), after[:, -1]
-            if objective.pays:
+            if objective.replaces_reward:
                 reward = _like(reward, "reward_fn", objective.reward(before, chunk, after, goal))
                 if imagined.cost is not None:
                     reward = reward - imagined.cost

@@ -9,38 +9,26 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from planners.objective import Objective
 from planners.plan import Plan, SearchTrace
+from planners.problem import Problem
 from planners.scoring import Scores, score
-from world_model.contract import Dynamics, Spec
-from world_model.state import LatentState
+from world_model.contract import Spec
 
 
 class Search:
-    """What a planner searches with: the bounds, where to begin, each row's own noise, and ``score``.
+    """One search for a ``Problem``: the bounds, where to begin, each row's own noise, ``score``, and the best so far.
 
     Candidates may lie beyond the bounds: what is dreamed, and planned in the end, is their projection onto them. A
-    normal that is refit to the candidates themselves may so move beyond a bound, until most of what it gives lies on
-    it, where the optimum of many control tasks is. With ``repeat``, a chunk's K steps share one action, and all
+    normal that is refit to the candidates themselves can then move beyond a bound, until most of its samples lie on it,
+    where the optimum of many control tasks is. With ``repeat``, a chunk's K steps share one action, and all
     sequences here have K=1 where the plan and the dynamics have K.
     """
 
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        state: LatentState,
-        shape: tuple[int, int],
-        *,
-        repeat: bool = False,
-        warm: Plan | None = None,
-        seed: int | Tensor = 0,
-        obs: Tensor | None = None,
-        objective: Objective = Objective(),
-        keep: bool = False,
-    ):
-        """shape: (H, K). The others are those of ``Planner.plan``."""
-        self._begun = time.perf_counter()
-        self.dynamics, self.state, self.objective, self._obs = dynamics, state, objective, obs
+    def __init__(self, problem: Problem, shape: tuple[int, int], *, repeat: bool = False):
+        """shape: (H, K). Raises ValueError where the problem's parts don't fit each other."""
+        self._start_time = time.perf_counter()
+        self.problem, state, warm = problem, problem.state, problem.warm
+        dynamics = problem.dynamics
         device = state.device
         low, high = bounds(dynamics.spec, device)
         self._chunk, self._repeat = shape[1], repeat
@@ -56,7 +44,7 @@ class Search:
                 )
         else:
             raise ValueError(f"warm.actions must be [B,H,K,A] = {list(whole)}, got {list(warm.actions.shape)}")
-        self.known = self.mean[:, None][:, :0]  # [B,E,H,K,A], candidates that were brought along; NaN: unknown
+        self.warm_candidates = self.mean[:, None][:, :0]  # [B,E,H,K,A], the elites of the warm plan; NaN: unknown
         if warm is not None and (elites := warm.elites) is not None:
             fits = elites.ndim == 5 and (elites.shape[0], *elites.shape[2:]) == whole
             if not fits or ((elites < low) | (elites > high)).any():
@@ -64,10 +52,10 @@ class Search:
                     f"warm.elites must be [B,E,H,K,A] with {list(whole)} but for E, within "
                     f"{dynamics.spec.action_space} or NaN, got {list(elites.shape)}"
                 )
-            self.known = elites.to(low)
+            self.warm_candidates = elites.to(low)
         if repeat:
-            self.mean, self.known = self.mean[..., :1, :], self.known[..., :1, :]
-        seeds = torch.as_tensor(seed)
+            self.mean, self.warm_candidates = self.mean[..., :1, :], self.warm_candidates[..., :1, :]
+        seeds = torch.as_tensor(problem.seed)
         if seeds.shape not in ((), (state.batch,)):
             raise ValueError(f"seed must be one int or int64 [B] with B={state.batch}, got shape {list(seeds.shape)}")
         self._generators = [torch.Generator(device).manual_seed(s) for s in seeds.expand(state.batch).tolist()]
@@ -75,7 +63,6 @@ class Search:
         self.low, self.high = (bound.expand(self.mean.shape[1:]).contiguous() for bound in (low, high))  # [H,K,A]
         self._row = torch.arange(state.batch, device=device)
         self._rounds: list[tuple[Tensor, Scores]] = []  # what was dreamed, [B,N,H,K,A] and [B,N]
-        self._keep = keep
 
     @property
     def half_range(self) -> Tensor:
@@ -83,15 +70,15 @@ class Search:
         return (self.high - self.low) / 2
 
     def score(self, samples: Tensor, *, gradients: bool = False) -> Scores:
-        """Dream candidates [B,N,H,K,A], and remember what they earn."""
-        played = self._played(samples)
+        """Dream candidates [B,N,H,K,A] and remember their scores."""
+        played = self._project(samples)
         scored = score(
-            self.dynamics,
-            self.state,
+            self.problem.dynamics,
+            self.problem.state,
             played,
-            self.objective,
-            obs=self._obs,
-            futures=self._keep,
+            self.problem.objective,
+            obs=self.problem.obs,
+            futures=self.problem.keep_trace,
             gradients=gradients,
         )
         self._rounds.append((played.detach(), scored.each(Tensor.detach)) if gradients else (played, scored))
@@ -117,7 +104,7 @@ class Search:
         order = scored.best(n)
         return samples[self._row[:, None], order], scored.value.gather(1, order)
 
-    def chosen(self, actions: Tensor) -> Plan:
+    def finalise(self, actions: Tensor) -> Plan:
         """The plan to play actions [B,H,K,A], dreamed once more for what it earns.
 
         In rows where that isn't finite, or exceeds the limits by more than the best that was dreamed, that best one.
@@ -128,28 +115,28 @@ class Search:
         if scored.violation is not None and best.violation is not None:
             lost |= scored.violation[:, 0] > best.violation
             violation = torch.where(lost, best.violation, scored.violation[:, 0])
-        actions = torch.where(lost[:, None, None, None], best.actions, self._played(actions))
+        actions = torch.where(lost[:, None, None, None], best.actions, self._project(actions))
         return Plan(actions, torch.where(lost, best.value, value), violation=violation)
 
-    def ended(self, plan: Plan) -> Plan:
-        """The plan with the story of this search."""
+    def finish(self, plan: Plan) -> Plan:
+        """The plan with this search's statistics and, where they are asked for, all its candidates."""
         candidates, scores = zip(*self._rounds, strict=True)
         return plan._replace(
-            elites=None if plan.elites is None else self._played(plan.elites),
+            elites=None if plan.elites is None else self._project(plan.elites),
             evaluations=sum(played.shape[1] for played in candidates),
-            seconds=time.perf_counter() - self._begun,
-            kept=SearchTrace(torch.cat(candidates, 1), Scores.join(scores, 1)) if self._keep else None,
+            seconds=time.perf_counter() - self._start_time,
+            trace=SearchTrace(torch.cat(candidates, 1), Scores.join(scores, 1)) if self.problem.keep_trace else None,
         )
 
     def around(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Candidates mean + std * noise [B,N,H,K,A], the first without noise; in the first round with what is known."""
         samples = torch.addcmul(mean[:, None], std[:, None], noise)
         samples[:, 0] = mean
-        return samples if self._rounds else self.with_known(samples)
+        return samples if self._rounds else self.with_warm(samples)
 
-    def with_known(self, samples: Tensor) -> Tensor:
+    def with_warm(self, samples: Tensor) -> Tensor:
         """Samples [B,N,H,K,A], the last ones, but never the first, exchanged for what was brought along and known."""
-        known = self.known[:, max(0, 1 + self.known.shape[1] - samples.shape[1]) :]
+        known = self.warm_candidates[:, max(0, 1 + self.warm_candidates.shape[1] - samples.shape[1]) :]
         if n := known.shape[1]:
             samples[:, -n:] = torch.where(known.isnan(), samples[:, -n:], known)
         return samples
@@ -179,8 +166,8 @@ class Search:
         spectrum = torch.fft.rfft(white, dim=2) * (weight / power.sqrt())[:, None]
         return torch.fft.irfft(spectrum, n=white.shape[2], dim=2).unflatten(2, self.mean.shape[1:3])
 
-    def _played(self, actions: Tensor) -> Tensor:
-        """[...,H,K,A] as the dynamics play them."""
+    def _project(self, actions: Tensor) -> Tensor:
+        """[...,H,K,A] -> within the bounds, and repeated for all K steps where they share an action."""
         actions = actions.clamp(self.low, self.high)
         return actions.expand(*actions.shape[:-2], self._chunk, -1) if self._repeat else actions
 

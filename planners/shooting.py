@@ -28,5 +28,5 @@ class RandomShooting(SearchPlanner):
         """-> the best candidate [B,H,K,A] of each row, with its own imagined return [B]."""
         samples = torch.lerp(search.low, search.high, search.uniform(self.candidates))
         samples[:, 0] = search.mean
-        search.score(search.with_known(samples))
+        search.score(search.with_warm(samples))
         return search.best

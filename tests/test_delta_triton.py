@@ -144,6 +144,6 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_the_door_takes_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAIROS_KERNELS", "torch")  # not the compiled form of a CPU
-    monkeypatch.setattr("world_model.ops.delta_rule.on_gpu", lambda *_: True)
+    monkeypatch.setattr("world_model.ops.delta_rule.use_triton", lambda *_: True)
     out, _ = DISPATCHED(*(x.requires_grad_() for x in on_device(*inputs(20, 20))))
     assert "_Delta" in type(out.grad_fn).__name__

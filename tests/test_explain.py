@@ -14,7 +14,7 @@ from planners import CEM, MPPI, Objective, Planner
 @pytest.mark.parametrize("planner", [CEM(4, 2, candidates=20, elites=4, iterations=2), MPPI(6, candidates=20)])
 def test_what_the_truth_foresees_happens(planner: Planner, tmp_path: Path) -> None:
     explained = explain("Pendulum-v1", SimulatorDynamics("Pendulum-v1"), planner, decision=3, seed=1)
-    plan, kept = explained.plan, explained.plan.kept
+    plan, kept = explained.plan, explained.plan.trace
     assert kept is not None and kept.scored.futures is not None
     chosen = (kept.candidates[0] == plan.actions[0]).flatten(1).all(1)
     np.testing.assert_allclose(kept.scored.futures[0, chosen][0], explained.real, atol=1e-4)
@@ -33,7 +33,7 @@ def test_ends_and_limits_show(tmp_path: Path) -> None:
     env = "InvertedPendulum-v5"
     limit = Objective(cost_fn=lambda o, a, n: (n[..., 0] > 0.02).float(), cost_limit=0.0)
     explained = explain(env, SimulatorDynamics(env), CEM(20, candidates=30, elites=4, std=1.0), limit, decision=0)
-    scored = explained.plan.kept.scored  # type: ignore[union-attr]
+    scored = explained.plan.trace.scored  # type: ignore[union-attr]
     assert scored.futures.isnan().any() and (scored.violation > 0).any()  # type: ignore[union-attr, operator]
     draw_decision(explained).savefig(tmp_path / "plan.svg")
     for dims in ([7], [-1], []):

@@ -27,6 +27,7 @@ from planners import (
     Plan,
     Planner,
     PolicyGuided,
+    Problem,
     RandomShooting,
     Search,
     score,
@@ -412,7 +413,7 @@ def test_the_colour_of_noise() -> None:
     """Unit variance whatever the colour; the power at f is f**-exponent, so that slow noise goes further."""
     toy = PointMass(1)
     for exponent, (horizon, chunk) in itertools.product((0.0, 1.0, 2.0), ((8, 4), (11, 3), (1, 1), (1, 2))):
-        search = Search(toy, toy.start([[0.0]]), (horizon, chunk))
+        search = Search(Problem(toy, toy.start([[0.0]])), (horizon, chunk))
         noise = search.coloured(20_000, exponent)[0, ..., 0].flatten(1)
         assert noise.shape == (20_000, horizon * chunk)
         torch.testing.assert_close(noise.var(0), torch.ones(horizon * chunk), rtol=0.06, atol=0)
@@ -444,8 +445,10 @@ def test_icem_goes_on_with_its_elites() -> None:
     none = ICEM(horizon=2, candidates=10, elites=10, iterations=2, keep=0.0).plan(only, only.initial(1))
     assert none.elites is not None and none.elites.shape[1] == 0
     unknown = known._replace(elites=torch.full((1, 3, 2, 1, 1), torch.nan))
-    kept = ICEM(horizon=2, candidates=10, elites=10, iterations=1).plan(only, only.initial(1), warm=unknown, keep=True)
-    assert kept.kept is not None and kept.kept.candidates.isfinite().all()
+    kept = ICEM(horizon=2, candidates=10, elites=10, iterations=1).plan(
+        only, only.initial(1), warm=unknown, keep_trace=True
+    )
+    assert kept.trace is not None and kept.trace.candidates.isfinite().all()
     for wrong in (torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 1, 2), torch.full((1, 3, 2, 1, 1), 1.5)):
         with pytest.raises(ValueError, match=r"warm\.elites must"):
             ICEM(horizon=2, candidates=10, elites=10).plan(only, only.initial(1), warm=known._replace(elites=wrong))
@@ -455,7 +458,7 @@ def test_icem_from_round_to_round() -> None:
     """Elites stay, the mean keeps a tenth of what it was, fewer are drawn, and noise has a colour."""
     toy = PointMass(1)
     planner = ICEM(horizon=20, candidates=400, elites=10, iterations=2, std=0.01, min_std=0.0)
-    kept = planner.plan(toy, toy.start([[0.5]]), keep=True).kept
+    kept = planner.plan(toy, toy.start([[0.5]]), keep_trace=True).trace
     assert kept is not None
     one, two = kept.candidates[0, :400, :, 0, 0], kept.candidates[0, 400:, :, 0, 0]
     best = kept.scored.value[0, :400].topk(10).indices
@@ -637,9 +640,9 @@ def test_a_limit_holds_near_the_optimum() -> None:
 def test_one_action_for_a_whole_chunk(planner: Any) -> None:
     toy, x = TinyMLP(chunk=4), torch.ones(2, 3)
     steady = replace(planner, chunk=4, repeat=True)
-    plan = steady.plan(toy, toy.start(x), keep=True)
+    plan = steady.plan(toy, toy.start(x), keep_trace=True)
     assert plan.actions.shape == (2, 3, 4, 2) and (plan.actions == plan.actions[:, :, :1]).all()
-    assert (plan.kept.candidates == plan.kept.candidates[..., :1, :]).all()
+    assert (plan.trace.candidates == plan.trace.candidates[..., :1, :]).all()
     again = steady.plan(toy, toy.start(x), warm=plan.shifted(torch.zeros(2)))
     assert (again.actions == again.actions[:, :, :1]).all()
     torch.testing.assert_close(score(toy, toy.start(x), plan.actions[:, None]).value[:, 0], plan.value)
@@ -651,9 +654,9 @@ def test_a_plan_tells_how_it_was_found(planner: Any) -> None:
     dreamed = {"CEM": 3 * 32 + 1, "MPPI": 3 * 32 + 1, "ICEM": 32 + 25 + 20 + 2 * 2, "Gradient": 6 * 6}
     assert planner.plan(toy, toy.start(POINT_STARTS)).evaluations == dreamed.get(type(planner).__name__, 32)
     state = toy.start(POINT_STARTS)
-    plan, plain = planner.plan(toy, state, keep=True), planner.plan(toy, state)
-    assert torch.equal(plan.actions, plain.actions) and plain.kept is None
-    kept, n = plan.kept, plan.evaluations
+    plan, plain = planner.plan(toy, state, keep_trace=True), planner.plan(toy, state)
+    assert torch.equal(plan.actions, plain.actions) and plain.trace is None
+    kept, n = plan.trace, plan.evaluations
     assert n == plain.evaluations and plan.seconds > 0
     assert kept.candidates.shape == (2, n, 3, 2, 2) and kept.scored.futures.shape == (2, n, 6, 2)
     scored = score(toy, state, kept.candidates, futures=True)
@@ -923,7 +926,7 @@ def test_a_proposal_is_where_the_search_begins() -> None:
         PolicyGuided(planner, policy).plan(dynamics, state)
     with pytest.raises(ValueError, match=r"policy must give \[R,A\] = \[6, 1\]"):
         PolicyGuided(planner, lambda seen: seen[:, 0], proposals=2).plan(dynamics, state, obs=obs)
-    many = PolicyGuided(planner, policy).plan(dynamics, state, obs=obs, keep=True)  # more than it dreams at once
+    many = PolicyGuided(planner, policy).plan(dynamics, state, obs=obs, keep_trace=True)  # more than it dreams at once
     assert many.evaluations == 9 + 8 + 1 and (many.value >= own.value[:, 0]).all()
 
 
@@ -934,13 +937,13 @@ def test_proposals_are_noisy_in_half_ranges_and_last() -> None:
     proposed = PolicyGuided(
         CEM(horizon=8, candidates=600, elites=2, iterations=1), lambda o: 0 * o[:, :1], proposals=500
     )
-    plan = proposed.plan(toy, toy.start(x), obs=x, keep=True)
-    assert plan.kept is not None
-    assert plan.kept.candidates[0, 100:600].std().item() == pytest.approx(0.1 * 4, rel=0.05)
+    plan = proposed.plan(toy, toy.start(x), obs=x, keep_trace=True)
+    assert plan.trace is not None
+    assert plan.trace.candidates[0, 100:600].std().item() == pytest.approx(0.1 * 4, rel=0.05)
     best = torch.full((1, 1, 8, 1, 1), 0.5)
     warm = Plan(torch.zeros(1, 8, 1, 1), torch.zeros(1), best)
-    again = proposed.plan(toy, toy.start(x), obs=x, warm=warm, keep=True)
-    assert again.kept is not None and (again.kept.candidates[0] == 0.5).flatten(1).all(1).any()
+    again = proposed.plan(toy, toy.start(x), obs=x, warm=warm, keep_trace=True)
+    assert again.trace is not None and (again.trace.candidates[0] == 0.5).flatten(1).all(1).any()
 
     class Steady(ToyDynamics):
         """Pays for what the policy says at the first of three steps, played three times."""
@@ -965,8 +968,8 @@ def test_a_share_of_the_candidates_is_the_policys_and_the_last_plans(kind: Any) 
     planner = PolicyGuided(kind(horizon=4), torch.sin, proposals=3)
     value = planner.plan(toy, toy.start([[0.0], [2.0]]), obs=torch.tensor([[0.0], [2.0]])).value
     assert (value == 0).all() or (kind is MPPI and (value > -0.2).all())  # which gives its average
-    seen = planner.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), keep=True)
-    assert seen.kept is not None and seen.kept.scored.value.max() == 0  # MPPI dreamed it too
+    seen = planner.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), keep_trace=True)
+    assert seen.trace is not None and seen.trace.scored.value.max() == 0  # MPPI dreamed it too
     lost = replace(planner, policy=lambda seen: torch.full_like(seen, torch.nan))  # the last plan is still there
     before = Plan(torch.sin(torch.arange(4.0)).view(1, 4, 1, 1), torch.zeros(1))
     plan = lost.plan(toy, toy.start([[0.0]]), obs=torch.zeros(1, 1), warm=before)
@@ -990,11 +993,11 @@ class Wary(PointMass):
 
     class trust:
         @staticmethod
-        def begin(seen: Tensor) -> Tensor:
+        def initial(seen: Tensor) -> Tensor:
             return torch.where(seen > 1, 0.0, 0.25)
 
         @staticmethod
-        def follow(doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+        def propagate(doubt: Tensor, before: Tensor, actions: Tensor) -> Tensor:
             return doubt[:, None] + (before[..., 0] > 0.5).float().cumsum(1)
 
         @staticmethod
@@ -1034,7 +1037,7 @@ def test_a_penalty_by_distance_asks_each_step_alone() -> None:
     wary = Pessimistic(toy, penalty=2.0)
     state, _ = wary.imagine(wary.observe(wary.initial(1), torch.tensor([[[0.6]]])), actions)
     torch.testing.assert_close(wary.imagine(state, actions)[1].reward, torch.full((1, 2), 0.6 - 2 * 0.1))
-    with pytest.raises(ValueError, match="'doubt' or 'distance'"):
+    with pytest.raises(ValueError, match="'uncertainty' or 'distance'"):
         Pessimistic(toy, 1.0, by="fear")  # type: ignore[arg-type]
 
 
@@ -1064,9 +1067,9 @@ def test_a_cautious_plan_stays_where_the_model_knows() -> None:
         assert (x > 0.6).item() == beyond
     with pytest.raises(ValueError, match="kairos calibrate"):
         Pessimistic(PointMass(1), 1.0)
-    with pytest.raises(ValueError, match="cautious already"):
+    with pytest.raises(ValueError, match="pessimistic already"):
         Pessimistic(Pessimistic(toy, 1.0), 1.0)
-    with pytest.raises(ValueError, match=r"begin with Cautious\.initial"):
+    with pytest.raises(ValueError, match=r"begin with Pessimistic\.initial"):
         MPC(Pessimistic(toy, 1.0), CEM()).act(torch.zeros(1, 1), state=toy.start([[0.0]]))
     with pytest.raises(ValueError, match="penalty must be at least 0"):
         Pessimistic(toy, -1.0)

@@ -34,10 +34,10 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
-def expect_same_recipe(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, otherwise: str) -> None:
+def expect_same_recipe(found: Mapping[str, Any], wanted: Mapping[str, Any], made: str, otherwise: str) -> None:
     """Raises ValueError that names each setting in which what was made differs from what is asked for.
 
-    where: what holds the finding, the error's first words. otherwise: what the user can do instead, its last.
+    made: the error's first words, such as "runs/a was made". otherwise: what the user can do instead, its last.
     """
     differences = [
         f"{key} {found.get(key)!r}, not {wanted.get(key)!r}"
@@ -45,4 +45,4 @@ def expect_same_recipe(found: Mapping[str, Any], wanted: Mapping[str, Any], wher
         if found.get(key) != wanted.get(key)
     ]
     if differences:
-        raise ValueError(f"{where} was made with {'; '.join(differences)}: {otherwise}")
+        raise ValueError(f"{made} with {'; '.join(differences)}: {otherwise}")

@@ -316,6 +316,10 @@ class WorldModel(nn.Module):
             model = cls(saved.config, saved.spec)
             model.load_state_dict(saved.weights)
             model.starts, model.trust, model.card = saved.starts, saved.trust, saved.card
+            if model.starts is not None:
+                sizes = (model.starts.obs.shape[-1], model.starts.actions.shape[-1])
+                if sizes != (model.config.obs_dim, model.config.action_dim):
+                    raise ValueError(f"starts.safetensors has (O, A) = {sizes}, config.json another")
             if model.trust is not None and bytes(model.trust.model.numpy()).decode() != model.fingerprint():
                 raise ValueError("trust.safetensors was calibrated with other weights: kairos calibrate it anew")
         except Exception as error:

@@ -1,0 +1,27 @@
+"""Problem: what is planned, from which states, for which objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from planners.objective import Objective
+from planners.plan import Plan
+from world_model.contract import Dynamics
+from world_model.state import LatentState
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The arguments of ``Planner.plan``."""
+
+    dynamics: Dynamics
+    state: LatentState  # of B rows, each of which is planned for independently
+    warm: Plan | None = (
+        None  # to search around, such as ``last_plan.shifted(...)``; None: the middle
+    )
+    seed: int | Tensor = 0  # one int for every row, or int64 [B], one for each
+    obs: Tensor | None = None  # [B,O] the present observations; needed where the objective looks at every step
+    objective: Objective = Objective()
+    keep_trace: bool = False  # return all that was dreamed, as ``Plan.trace``
