@@ -12,6 +12,7 @@ import tyro
 from gymnasium.error import Error as GymnasiumError
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.learning.loop_config import LoopConfig
 
 if TYPE_CHECKING:
@@ -23,21 +24,10 @@ Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
 Datasets = Positional[Annotated[tuple[str, ...], arg(metavar="DATASET [DATASET ...]")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
-Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Method = Literal["cem", "icem", "mppi", "shooting", "gradient"]
 
 
-def collect(
-    env_id: Simulator,
-    dataset_id: Dataset,
-    seed: int = 0,
-    steps: int | None = None,
-    episodes: int | None = None,
-    episode_steps: int | None = None,
-    behaviour: Behaviour = "mixed",
-    policy_seed: int = 0,
-    workers: int = 1,
-) -> None:
+def collect(env_id: Simulator, dataset_id: Dataset, config: Annotated[CollectConfig, arg(name="")]) -> None:
     """Record experience of a real simulator as a Minari dataset (kairos_gym.data.collect.collect).
 
     A collection that was stopped goes on with the same command.
@@ -45,29 +35,10 @@ def collect(
     Args:
         env_id: the simulator, such as Reacher-v5 or robosuite/Lift-v0,robots=Sawyer
         dataset_id: the dataset's name, such as kairos/reacher-v0
-        seed: every episode draws from the seed and its own number
-        steps: how many steps, or else
-        episodes: how many episodes
-        episode_steps: the time limit of an episode, instead of the simulator's own
-        behaviour: independent actions; actions held for 1 to 8 steps; the two by turns; ten policies by turns, from
-            doing nothing to trained ones (which are trained first where they haven't been, a few minutes); or the
-            scripted expert of robosuite's Lift, Stack and Door, clean, failing, interrupted
-        policy_seed: of the training of those policies
-        workers: how many processes play; the data are the same for any number
     """
     from kairos_gym.data.collect import collect
 
-    dataset = collect(
-        env_id,
-        dataset_id,
-        seed=seed,
-        steps=steps,
-        episodes=episodes,
-        episode_steps=episode_steps,
-        behaviour=behaviour,
-        policy_seed=policy_seed,
-        workers=workers,
-    )
+    dataset = collect(env_id, dataset_id, config)
     print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
 
 

@@ -11,6 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from toys import LQR, ToyDynamics, box_spec
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.dream.env import DreamEnv
 from kairos_gym.dream.vector_env import DreamVectorEnv
 from planners import CEM, Objective
@@ -132,7 +133,9 @@ def test_the_pole_that_falls_ends_the_episode(tmp_path: Path, monkeypatch: pytes
     from envs import make_real
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    episodes = Episodes.from_minari(collect("InvertedPendulum-v5", "ip/x-v0", seed=0, episodes=200, progress=False))
+    episodes = Episodes.from_minari(
+        collect("InvertedPendulum-v5", "ip/x-v0", CollectConfig(seed=0, episodes=200), progress=False)
+    )
     spec = spec_of(make_real("InvertedPendulum-v5"), 1)
     model = fit_linear(spec, episodes)
     at = (episodes.index > 0).nonzero()[:, 0]

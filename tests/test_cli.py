@@ -19,6 +19,7 @@ from kairos_gym import load
 from kairos_gym.bench.planners import Setting
 from kairos_gym.cli import main
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.demo import show
 from kairos_gym.evaluation.control import plan, play, play_random
 from kairos_gym.evaluation.open_loop import score
@@ -167,7 +168,7 @@ def test_a_finished_training_whose_errors_were_lost_measures_them(
     from kairos_gym.learning import train as training
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
-    collect("Pendulum-v1", "a-v0", seed=0, episodes=3, episode_steps=30, progress=False)
+    collect("Pendulum-v1", "a-v0", CollectConfig(seed=0, episodes=3, episode_steps=30), progress=False)
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -258,7 +259,7 @@ def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr("kairos_gym.bench.pessimism.UPDATES", {"draft_steps": 20, "steps": 5})
     monkeypatch.setattr("kairos_gym.bench.pessimism.LASTS", {"pendulum": 6})
-    collect("Pendulum-v1", "pendulum/train-v0", seed=0, episodes=18, episode_steps=200)
+    collect("Pendulum-v1", "pendulum/train-v0", CollectConfig(seed=0, episodes=18, episode_steps=200))
     few = ["bench", "caution", "--task", "pendulum", "--episodes-of-data", "2", "--episodes", "2", "--penalties", "0"]
     main(few)
     plain, same, _ = json.loads(capsys.readouterr().out)["rows"]

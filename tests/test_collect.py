@@ -18,6 +18,7 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +36,20 @@ def record(dataset: minari.MinariDataset) -> list[tuple[bytes, ...]]:
 
 
 def test_the_same_command_gives_the_same_data_and_another_seed_other_data() -> None:
-    first = record(collect("Reacher-v5", "a-v0", seed=1, episodes=4, progress=False))
-    assert record(collect("Reacher-v5", "b-v0", seed=1, episodes=4, progress=False)) == first
+    first = record(collect("Reacher-v5", "a-v0", CollectConfig(seed=1, episodes=4), progress=False))
+    assert record(collect("Reacher-v5", "b-v0", CollectConfig(seed=1, episodes=4), progress=False)) == first
     assert len({episode[0] for episode in first}) == 4, "every episode has its own seed"
-    assert record(collect("Reacher-v5", "c-v0", seed=2, episodes=4, progress=False)) != first
-    assert record(collect("Reacher-v5", "d-v0", seed=1, episodes=2, progress=False)) == first[:2]
+    assert record(collect("Reacher-v5", "c-v0", CollectConfig(seed=2, episodes=4), progress=False)) != first
+    assert record(collect("Reacher-v5", "d-v0", CollectConfig(seed=1, episodes=2), progress=False)) == first[:2]
 
 
 def test_several_workers_give_the_same_data() -> None:
-    one = collect("Reacher-v5", "one-v0", seed=1, episodes=7, progress=False)
-    two = collect("Reacher-v5", "two-v0", seed=1, episodes=7, workers=2, progress=False)
+    one = collect("Reacher-v5", "one-v0", CollectConfig(seed=1, episodes=7), progress=False)
+    two = collect("Reacher-v5", "two-v0", CollectConfig(seed=1, episodes=7, workers=2), progress=False)
     assert record(one) == record(two)
-    whole = collect("Pendulum-v1", "steps-v0", seed=1, steps=450, episode_steps=100, workers=2, progress=False)
+    whole = collect(
+        "Pendulum-v1", "steps-v0", CollectConfig(seed=1, steps=450, episode_steps=100, workers=2), progress=False
+    )
     assert whole.total_episodes == 5
 
 
@@ -66,20 +69,24 @@ class Deadly:
 
 
 def test_a_worker_that_dies_is_replaced(datasets: Path) -> None:
-    about: dict[str, Any] = dict(seed=3, episodes=8, workers=2, progress=False)
+    config = CollectConfig(seed=3, episodes=8, workers=2)
     mark = datasets / "mark"
-    whole = collect("Pendulum-v1", "dies-v0", policy=Deadly(250, mark), **about)
+    whole = collect("Pendulum-v1", "dies-v0", config, policy=Deadly(250, mark), progress=False)
     assert mark.exists() and whole.total_episodes == 8
-    assert record(collect("Pendulum-v1", "calm-v0", policy=Deadly(250, mark), **about)) == record(whole)
+    assert record(collect("Pendulum-v1", "calm-v0", config, policy=Deadly(250, mark), progress=False)) == record(whole)
 
 
 def test_workers_that_keep_dying_are_given_up(datasets: Path) -> None:
     with pytest.raises(RuntimeError, match="workers died 3 times before episode 0"):
-        collect("Pendulum-v1", "dead-v0", seed=3, episodes=8, workers=2, progress=False, policy=Deadly(50))
+        collect(
+            "Pendulum-v1", "dead-v0", CollectConfig(seed=3, episodes=8, workers=2), progress=False, policy=Deadly(50)
+        )
 
 
 def test_what_is_kept_is_what_the_simulator_gave() -> None:
-    dataset = collect("Reacher-v5", "reacher/mixed-v0", seed=0, steps=110, episode_steps=40, progress=False)
+    dataset = collect(
+        "Reacher-v5", "reacher/mixed-v0", CollectConfig(seed=0, steps=110, episode_steps=40), progress=False
+    )
     assert (dataset.total_episodes, dataset.total_steps) == (3, 120), "the last episode is finished"
     assert list(minari.list_local_datasets()) == ["reacher/mixed-v0"]
     loaded = minari.load_dataset("reacher/mixed-v0")
@@ -113,12 +120,7 @@ def test_the_behaviours() -> None:
         behaviour: [
             e.actions
             for e in collect(
-                "Pendulum-v1",
-                f"{behaviour}-v0",
-                seed=0,
-                episodes=4,
-                behaviour=behaviour,  # type: ignore[arg-type]
-                progress=False,
+                "Pendulum-v1", f"{behaviour}-v0", CollectConfig(seed=0, episodes=4, behaviour=behaviour), progress=False
             ).iterate_episodes()
         ]
         for behaviour in ("uniform", "held", "mixed")
@@ -135,19 +137,22 @@ def test_a_policy_of_ones_own() -> None:
     def against_the_motion(obs: np.ndarray) -> list[float]:
         return [float(np.clip(-obs[2], -2, 2))]
 
-    dataset = collect("Pendulum-v1", "own-v0", seed=0, episodes=1, policy=against_the_motion, progress=False)
+    dataset = collect(
+        "Pendulum-v1", "own-v0", CollectConfig(seed=0, episodes=1), policy=against_the_motion, progress=False
+    )
     episode = dataset[0]
     np.testing.assert_allclose(episode.actions[:, 0], np.clip(-episode.observations[:-1, 2], -2, 2))
     assert "against_the_motion" in dataset.storage.metadata["algorithm_name"]
     with pytest.raises(ValueError, match="not in the action space"):
-        collect("Pendulum-v1", "wild-v0", seed=0, episodes=1, policy=lambda obs: [3.0], progress=False)
+        collect("Pendulum-v1", "wild-v0", CollectConfig(seed=0, episodes=1), policy=lambda obs: [3.0], progress=False)
 
 
 def test_a_killed_run_goes_on_and_gives_what_an_unbroken_one_gives(
     datasets: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = (
-        "from kairos_gym.data.collect import collect; collect('Pendulum-v1', 'pendulum/k-v0', seed=5, episodes=60)"
+        "from kairos_gym.data.collect import collect; from kairos_gym.data.collect_config import CollectConfig; "
+        "collect('Pendulum-v1', 'pendulum/k-v0', CollectConfig(seed=5, episodes=60))"
     )
     process = subprocess.Popen([sys.executable, "-c", command])
     journal = datasets / "pendulum" / ".k-v0.part" / "episodes.journal"
@@ -157,9 +162,11 @@ def test_a_killed_run_goes_on_and_gives_what_an_unbroken_one_gives(
     assert process.wait() == -signal.SIGKILL
     assert "the same command goes on" in capfd.readouterr().err
     assert list(minari.list_local_datasets()) == [], "nothing half-done may look like a dataset"
-    resumed = collect("Pendulum-v1", "pendulum/k-v0", seed=5, episodes=60)
+    resumed = collect("Pendulum-v1", "pendulum/k-v0", CollectConfig(seed=5, episodes=60))
     assert "going on after" in capfd.readouterr().err
-    assert record(resumed) == record(collect("Pendulum-v1", "whole-v0", seed=5, episodes=60, progress=False))
+    assert record(resumed) == record(
+        collect("Pendulum-v1", "whole-v0", CollectConfig(seed=5, episodes=60), progress=False)
+    )
     assert list((datasets / "pendulum").glob(".*")) == [], "nothing is left over"
 
 
@@ -181,7 +188,7 @@ def test_an_interrupted_run_keeps_its_episodes_even_if_its_last_record_is_torn(
     datasets: Path, capfd: pytest.CaptureFixture[str], lost: int
 ) -> None:
     def run(dataset_id: str, after: float, episodes: int = 6) -> minari.MinariDataset:
-        return collect("Pendulum-v1", dataset_id, seed=0, episodes=episodes, policy=Interrupted(after))
+        return collect("Pendulum-v1", dataset_id, CollectConfig(seed=0, episodes=episodes), policy=Interrupted(after))
 
     with pytest.raises(KeyboardInterrupt):
         run("torn-v0", after=3 * 200 + 50)
@@ -195,35 +202,41 @@ def test_an_interrupted_run_keeps_its_episodes_even_if_its_last_record_is_torn(
 
 def test_less_can_be_asked_for_after_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt):
-        collect("Pendulum-v1", "less-v0", seed=0, episodes=6, policy=Interrupted(800), progress=False)
-    dataset = collect("Pendulum-v1", "less-v0", seed=0, episodes=2, policy=Interrupted(0), progress=False)
+        collect("Pendulum-v1", "less-v0", CollectConfig(seed=0, episodes=6), policy=Interrupted(800), progress=False)
+    dataset = collect(
+        "Pendulum-v1", "less-v0", CollectConfig(seed=0, episodes=2), policy=Interrupted(0), progress=False
+    )
     assert (dataset.total_episodes, dataset.total_steps) == (2, 400)
 
 
 def test_a_finished_dataset_is_returned_without_playing() -> None:
-    first = collect("Pendulum-v1", "done-v0", seed=0, episodes=1, policy=Interrupted(200), progress=False)
-    again = collect("Pendulum-v1", "done-v0", seed=0, episodes=1, policy=Interrupted(0), progress=False)
+    first = collect(
+        "Pendulum-v1", "done-v0", CollectConfig(seed=0, episodes=1), policy=Interrupted(200), progress=False
+    )
+    again = collect("Pendulum-v1", "done-v0", CollectConfig(seed=0, episodes=1), policy=Interrupted(0), progress=False)
     assert record(again) == record(first)
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_what_another_command_collected_is_not_touched(finished: bool) -> None:
     if finished:
-        collect("Pendulum-v1", "taken-v0", seed=0, episodes=1, progress=False)
+        collect("Pendulum-v1", "taken-v0", CollectConfig(seed=0, episodes=1), progress=False)
     else:
         with pytest.raises(KeyboardInterrupt):
-            collect("Pendulum-v1", "taken-v0", seed=0, episodes=2, policy=Interrupted(250), progress=False)
+            collect(
+                "Pendulum-v1", "taken-v0", CollectConfig(seed=0, episodes=2), policy=Interrupted(250), progress=False
+            )
     with pytest.raises(ValueError, match=r"seed 0, not 1.*another dataset_id"):
-        collect("Pendulum-v1", "taken-v0", seed=1, episodes=1, progress=False)
+        collect("Pendulum-v1", "taken-v0", CollectConfig(seed=1, episodes=1), progress=False)
     with pytest.raises(ValueError, match="env_id 'Pendulum-v1', not 'Reacher-v5'"):
-        collect("Reacher-v5", "taken-v0", seed=0, episodes=1, progress=False)
+        collect("Reacher-v5", "taken-v0", CollectConfig(seed=0, episodes=1), progress=False)
     with pytest.raises(ValueError, match="not 'held'"):
-        collect("Pendulum-v1", "taken-v0", seed=0, episodes=1, behaviour="held", progress=False)
+        collect("Pendulum-v1", "taken-v0", CollectConfig(seed=0, episodes=1, behaviour="held"), progress=False)
     with pytest.raises(ValueError, match="episode_steps None, not 20"):
-        collect("Pendulum-v1", "taken-v0", seed=0, episodes=1, episode_steps=20, progress=False)
+        collect("Pendulum-v1", "taken-v0", CollectConfig(seed=0, episodes=1, episode_steps=20), progress=False)
     if finished:
         with pytest.raises(ValueError, match="episodes 1, not 2"):
-            collect("Pendulum-v1", "taken-v0", seed=0, episodes=2, progress=False)
+            collect("Pendulum-v1", "taken-v0", CollectConfig(seed=0, episodes=2), progress=False)
 
 
 def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
@@ -232,7 +245,7 @@ def test_two_runs_cannot_write_the_same_dataset(datasets: Path) -> None:
     with open(part / "episodes.journal", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match="another process"):
-            collect("Pendulum-v1", "busy-v0", seed=0, episodes=1, progress=False)
+            collect("Pendulum-v1", "busy-v0", CollectConfig(seed=0, episodes=1), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +275,8 @@ def test_wrong_arguments_are_refused_and_leave_nothing_behind(
     nameless = gym.envs.registration.EnvSpec("Nameless-v0", lambda **given: PendulumEnv(**given), max_episode_steps=9)
     monkeypatch.setitem(gym.registry, "Endless-v0", endless)
     monkeypatch.setitem(gym.registry, "Nameless-v0", nameless)
-    given = {"env_id": "Pendulum-v1", "dataset_id": "x-v0", "seed": 0, "progress": False} | arguments
+    given: dict[str, Any] = {"env_id": "Pendulum-v1", "dataset_id": "x-v0", "policy": None} | arguments
+    env_id, dataset_id, policy = (given.pop(name) for name in ("env_id", "dataset_id", "policy"))
     with pytest.raises(ValueError, match=words):
-        collect(**given)  # type: ignore[arg-type]
+        collect(env_id, dataset_id, CollectConfig(**given), policy=policy, progress=False)
     assert list(datasets.iterdir()) == []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from envs import SimulatorDynamics
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation import page as comparison_page
 from kairos_gym.evaluation.compare import compare, expect_apart
@@ -193,7 +194,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "data"))
-        collect("Pendulum-v1", "pp/train-v0", seed=0, episodes=6, episode_steps=40, progress=False)
+        collect("Pendulum-v1", "pp/train-v0", CollectConfig(seed=0, episodes=6, episode_steps=40), progress=False)
         train("pp/train-v0", folder / "model", held_out=2, draft_steps=20, steps=4, progress=False)
         yield folder / "model"
 

@@ -16,6 +16,7 @@ from kairos_gym.bench.lift import PLANNER, lift, wilson
 from kairos_gym.data import collect as recording
 from kairos_gym.data.actors import EXPERT_VARIANTS
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import simulator_of
 from kairos_gym.evaluation.control import plan
 from kairos_gym.models import load
@@ -102,8 +103,8 @@ def test_the_staged_reward_asks_for_an_upright_hand_and_open_fingers(way: tuple[
 
 def test_experts_are_recorded_with_the_simulators_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    settings: dict[str, Any] = dict(episodes=5, episode_steps=45, behaviour="expert", seed=1, progress=False)
-    dataset = collect(HELD_UP, "lift/a-v0", **settings)
+    config = CollectConfig(episodes=5, episode_steps=45, behaviour="expert", seed=1)
+    dataset = collect(HELD_UP, "lift/a-v0", config, progress=False)
     assert simulator_of(dataset) == HELD_UP
     episodes = list(dataset.iterate_episodes())
     assert {len(e.rewards) for e in episodes} == {45}  # success ended none
@@ -112,18 +113,20 @@ def test_experts_are_recorded_with_the_simulators_arguments(tmp_path: Path, monk
     assert len(EXPERT_VARIANTS) == 8 and "interrupted" in EXPERT_VARIANTS[4]
     restored = dataset.recover_environment()
     assert restored.unwrapped.spec.kwargs["terminate_on_success"] is False
-    again = collect(HELD_UP, "lift/b-v0", **settings)
+    again = collect(HELD_UP, "lift/b-v0", config, progress=False)
     for one, same in zip(episodes, again.iterate_episodes(), strict=True):
         np.testing.assert_array_equal(one.observations, same.observations)
         np.testing.assert_array_equal(one.actions, same.actions)
     with pytest.raises(ValueError, match="was collected with env_id"):
-        collect("robosuite/Lift-v0", "lift/a-v0", **settings)
+        collect("robosuite/Lift-v0", "lift/a-v0", config, progress=False)
 
 
 def test_there_is_no_expert_for_every_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there are experts for Lift, Stack, Door"):
-        recording.collect("Pendulum-v1", "pp/a-v0", seed=0, episodes=1, behaviour="expert", progress=False)
+        recording.collect(
+            "Pendulum-v1", "pp/a-v0", CollectConfig(seed=0, episodes=1, behaviour="expert"), progress=False
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from tiny import tiny_model
 from toys import PointMass
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.evaluation.open_loop import OpenLoop, Windows, open_loop, score
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
@@ -74,7 +75,7 @@ def test_a_table_has_only_steps_that_were_dreamed() -> None:
 
 
 def test_only_what_training_left_out_is_scored() -> None:
-    dataset = collect("Pendulum-v1", "a-v0", seed=0, episodes=6, episode_steps=12, progress=False)
+    dataset = collect("Pendulum-v1", "a-v0", CollectConfig(seed=0, episodes=6, episode_steps=12), progress=False)
     model = pendulum(data={"dataset": "a-v0", "held_out": 2})
     result = score(model, "a-v0", horizon=8, context=2)
     last = Episodes.from_minari(dataset, range(4, dataset.total_episodes))
@@ -114,7 +115,7 @@ def test_short_episodes_are_left_out_before_the_last_ones_are_taken() -> None:
 
 
 def test_another_simulators_data_are_refused() -> None:
-    collect("Reacher-v5", "reacher-v0", seed=0, episodes=1, progress=False)
+    collect("Reacher-v5", "reacher-v0", CollectConfig(seed=0, episodes=1), progress=False)
     with pytest.raises(ValueError, match=r"the model dreams Pendulum-v1, but dataset reacher-v0 .* Reacher-v5"):
         score(pendulum(), "reacher-v0", horizon=4)
     unnamed = pendulum()

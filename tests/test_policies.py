@@ -10,6 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.policies.ladder import fingerprint, load_policy, scripted_policies, trained_policies, with_noise
 from world_model.episodes import Episodes
 
@@ -98,14 +99,14 @@ def test_every_policy_takes_its_turn_in_a_dataset(
         "Pendulum-v1", folder, steps=64, progress=False
     )
     monkeypatch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: turns)
-    about = dict(seed=0, episode_steps=12, behaviour="ladder", progress=False)
-    whole = collect("Pendulum-v1", "a-v0", episodes=12, **about)  # type: ignore[arg-type]
+    config = CollectConfig(seed=0, episodes=12, episode_steps=12, behaviour="ladder")
+    whole = collect("Pendulum-v1", "a-v0", config, progress=False)
     episodes = Episodes.from_minari(whole)
     played = episodes.action[episodes.index > 0].view(12, 12)
     assert not played[0].any() and played[1].std() > 0.5 and not played[10].any()
     assert whole.storage.metadata["recipe"]["policies"] == fingerprint("Pendulum-v1", turns)
-    again = Episodes.from_minari(collect("Pendulum-v1", "b-v0", episodes=12, **about))  # type: ignore[arg-type]
+    again = Episodes.from_minari(collect("Pendulum-v1", "b-v0", config, progress=False))
     assert again.fingerprint() == episodes.fingerprint()
     monkeypatch.setattr("kairos_gym.data.actors.ladder", lambda env_id, **_: turns[:9])
     with pytest.raises(ValueError, match="collected with policies"):
-        collect("Pendulum-v1", "a-v0", episodes=12, **about)  # type: ignore[arg-type]
+        collect("Pendulum-v1", "a-v0", config, progress=False)

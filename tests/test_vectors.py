@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.learning.train import train
 from world_model.contract import Spec
 from world_model.model.world_model import WorldModel
@@ -127,7 +128,7 @@ def test_spaces_that_no_model_takes(obs: spaces.Space, act: spaces.Space, says: 
 def test_from_the_simulator_to_the_dream(simulator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices and tables for actions, dicts for observations, episodes that end: recorded, learned, kept, dreamed."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    dataset = collect(simulator, "it-v0", seed=0, episodes=12, progress=False)
+    dataset = collect(simulator, "it-v0", CollectConfig(seed=0, episodes=12), progress=False)
     train("it-v0", tmp_path / "model", pattern="SG", draft_steps=60, steps=20, held_out=4, progress=False)
     model, real = WorldModel.from_pretrained(tmp_path / "model"), gym.make(simulator)
     assert model.spec.observation_space == real.observation_space == dataset.observation_space

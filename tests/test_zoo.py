@@ -13,6 +13,7 @@ from gymnasium.utils.env_checker import check_env
 import kairos_gym
 from envs import SimulatorDynamics
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.evaluation.calibrate import draw_calibration_windows
 from kairos_gym.evaluation.control import plan
 from kairos_gym.evaluation.open_loop import open_loop
@@ -66,7 +67,8 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     model = kairos_gym.load(name)
     settings: dict[str, Any] = {"episodes": 24, "behaviour": "expert"} if name == "lift" else {"episodes": 60}
-    dataset = collect(RECIPES[name].env, "fresh/test-v0", seed=99, episode_steps=40, progress=False, **settings)
+    config = CollectConfig(seed=99, episode_steps=40, **settings)
+    dataset = collect(RECIPES[name].env, "fresh/test-v0", config, progress=False)
     episodes = Episodes.from_minari(dataset)
     windows, std = replace(draw_calibration_windows(episodes, seed=0), horizon=8), model.scaling.obs_std
     dreamed = windows.against(windows.dream(model), std)
@@ -88,7 +90,9 @@ def test_a_plan_that_was_dreamed_up_swings_the_pole_up() -> None:
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_the_simulator_itself_has_no_error(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    dataset = collect("Pendulum-v1", "fresh/test-v0", seed=98, episodes=4, episode_steps=60, progress=False)
+    dataset = collect(
+        "Pendulum-v1", "fresh/test-v0", CollectConfig(seed=98, episodes=4, episode_steps=60), progress=False
+    )
     truth = SimulatorDynamics("Pendulum-v1", chunk=4)
     result = open_loop(truth, Episodes.from_minari(dataset), torch.ones(3), horizon=32, trajectories=4, chunk=chunk)
     assert result.obs_error.abs().max() < 1e-2  # float32 observations, in a chaotic system

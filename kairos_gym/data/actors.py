@@ -9,16 +9,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from kairos_gym.data.collect_config import Behaviour
 from kairos_gym.policies.ladder import Policy, batch_of_one, ladder
 
-Behaviour = Literal["uniform", "held", "mixed", "ladder", "expert"]
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
 # What the expert is like by turns. A planner tries what no expert does, so in half of the episodes random actions take

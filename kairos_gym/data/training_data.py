@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kairos_gym.data.actors import Behaviour
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import Behaviour, CollectConfig
 from kairos_gym.data.datasets import load_dataset
 from world_model.episodes import Episodes
 
@@ -54,15 +54,14 @@ def load_training_data(card: dict[str, Any]) -> TrainingData:
         amount = {unit: data[unit] for unit in ("steps", "episodes") if unit in data}
         if data.get("behaviour") not in get_args(Behaviour) or len(amount) != 1:
             raise
-        dataset = collect(
-            data["env_id"],
-            name,
+        config = CollectConfig(
             seed=data["seed"],
             episode_steps=data["episode_steps"],
             behaviour=data["behaviour"],
             policy_seed=data.get("policy_seed", 0),
             **amount,
         )
+        dataset = collect(data["env_id"], name, config)
     episodes = Episodes.from_minari(dataset, range(dataset.total_episodes - data["held_out"]))
     same = episodes.fingerprint() == data.get("fingerprint", episodes.fingerprint())
     found = dataset.storage.metadata.get("recipe")

@@ -18,6 +18,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import LEAST, dream_errors
 from kairos_gym.evaluation.open_loop import Windows
@@ -156,15 +157,8 @@ class Loop:
         with _minari_in(self.out / "data"):
             if get_dataset_path(_data(number)).exists():  # of a call that was stopped after it
                 return _cut(Episodes.from_minari(load_dataset(_data(number))), left)
-            dataset = collect(
-                self.env_id,
-                _data(number),
-                seed=self._seed(number),
-                steps=want,
-                episode_steps=min(longest, self.limit),
-                policy=None if first else self._act,
-                progress=False,
-            )
+            what = CollectConfig(seed=self._seed(number), steps=want, episode_steps=min(longest, self.limit))
+            dataset = collect(self.env_id, _data(number), what, policy=None if first else self._act, progress=False)
             return _cut(Episodes.from_minari(dataset), left)
 
     def _act(self, obs: Any) -> Any:

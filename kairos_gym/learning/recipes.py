@@ -13,8 +13,8 @@ import torch
 from minari import MinariDataset
 from torch import Tensor
 
-from kairos_gym.data.actors import Behaviour
 from kairos_gym.data.collect import collect
+from kairos_gym.data.collect_config import Behaviour, CollectConfig
 from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
 from kairos_gym.evaluation.open_loop import CONTEXT, open_loop
 from kairos_gym.models import ZOO
@@ -152,9 +152,7 @@ def collect_split(
     recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
 ) -> MinariDataset:
     """The dataset "NAME/SPLIT-v0" of a recipe's simulator, recorded where it isn't there yet."""
-    return collect(
-        recipe.env,
-        f"{recipe.name}/{split}-v0",
+    config = CollectConfig(
         seed=seed,
         episodes=episodes,
         episode_steps=recipe.episode_steps,
@@ -162,6 +160,7 @@ def collect_split(
         policy_seed=policy_seed,
         workers=recipe.workers,
     )
+    return collect(recipe.env, f"{recipe.name}/{split}-v0", config)
 
 
 def calibration_sets(recipe: Recipe) -> dict[str, list[Episodes]]:
