@@ -5,15 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from gymnasium.error import Error as GymnasiumError
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
 from kairos_gym.data.collect_config import CollectConfig
+from kairos_gym.evaluation.compare_config import CompareConfig
+from kairos_gym.learning.learn_config import LearnConfig
 from kairos_gym.learning.loop_config import LoopConfig
+from kairos_gym.learning.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from planners import Planner
@@ -24,10 +28,41 @@ Dataset = Positional[Annotated[str, arg(metavar="DATASET")]]
 Datasets = Positional[Annotated[tuple[str, ...], arg(metavar="DATASET [DATASET ...]")]]
 Model = Positional[Annotated[str, arg(metavar="MODEL")]]
 Folder = Positional[Annotated[Path, arg(metavar="FOLDER")]]
-Method = Literal["cem", "icem", "mppi", "shooting", "gradient"]
+Config = TypeVar("Config")
+Flags = Annotated[Config, arg(name="")]  # a config whose fields are the command's own flags, without a prefix
 
 
-def collect(env_id: Simulator, dataset_id: Dataset, config: Annotated[CollectConfig, arg(name="")]) -> None:
+@dataclass(frozen=True)
+class PlannerConfig:
+    """How to plan, in ``plan`` and ``explain``."""
+
+    # the cross-entropy method, iCEM, MPPI, random shooting, or gradient ascent (in the dream only)
+    planner: Literal["cem", "icem", "mppi", "shooting", "gradient"] = "cem"
+
+    horizon: int = 15  # how many chunks to look ahead
+    chunk: int = 1  # how many steps to play before planning again
+    candidates: int = 200  # how many plans to dream at once; gradient ascent, which is slow, starts with a 25th of them
+    std: float = 0.5  # how widely the search starts, in half ranges of the actions; 0.12 suits Reacher
+
+    def make(self) -> Planner:
+        from planners import CEM, ICEM, MPPI, Gradient, RandomShooting
+
+        size: dict[str, Any] = {"horizon": self.horizon, "chunk": self.chunk}
+        candidates, std = self.candidates, self.std
+        if self.planner == "shooting":
+            return RandomShooting(**size, candidates=candidates)
+        if self.planner == "gradient":
+            return Gradient(**size, starts=max(1, candidates // 25), std=std)
+        if self.planner == "mppi":
+            return MPPI(**size, candidates=candidates, std=std)
+        if candidates < 2:
+            raise ValueError(f"{self.planner} needs at least 2 candidates, got {candidates}")
+        planner = CEM if self.planner == "cem" else ICEM
+        elites = max(2, candidates // 10)
+        return planner(**size, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
+
+
+def collect(env_id: Simulator, dataset_id: Dataset, config: Flags[CollectConfig]) -> None:
     """Record experience of a real simulator as a Minari dataset (kairos_gym.data.collect.collect).
 
     A collection that was stopped goes on with the same command.
@@ -42,17 +77,7 @@ def collect(env_id: Simulator, dataset_id: Dataset, config: Annotated[CollectCon
     print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps")
 
 
-def train(
-    dataset_id: Dataset,
-    out: Folder,
-    pattern: str = "SGDG",
-    chunk: int = 4,
-    draft: bool = True,
-    draft_steps: int | None = None,
-    steps: int | None = None,
-    held_out: int = 64,
-    seed: int = 0,
-) -> None:
+def train(dataset_id: Dataset, out: Folder, config: Flags[TrainConfig]) -> None:
     """Train a world model on a Minari dataset (kairos_gym.learning.train.train).
 
     A training that was stopped goes on with the same command.
@@ -60,19 +85,10 @@ def train(
     Args:
         dataset_id: the dataset's name, as collect was given it
         out: the folder to write the model to
-        pattern: the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule
-        chunk: the longest number of steps that one call imagines
-        draft: begin with the draft; without it, the plain transformer
-        draft_steps: updates of the draft
-        steps: updates of the transformer
-        held_out: how many episodes at the end of the dataset to leave for score
-        seed: of everything drawn at random
     """
     from kairos_gym.learning.train import train
 
-    steps_given: dict[str, Any] = {"draft_steps": draft_steps, "steps": steps}
-    given = {name: n for name, n in steps_given.items() if n is not None}
-    model = train(dataset_id, out, pattern=pattern, chunk=chunk, draft=draft, held_out=held_out, seed=seed, **given)
+    model = train(dataset_id, out, config)
     print(f"The model is in {out}.")
     if "errors" not in model.card:
         print(f"No held-out episode is long enough to score it: collect others, and kairos score {out} with those.")
@@ -85,14 +101,10 @@ def train(
 
 def plan(
     model: Model,
+    config: Flags[PlannerConfig],
     env: str | None = None,
-    planner: Method = "cem",
     where: Literal["dream", "simulator"] = "dream",
     episodes: int = 10,
-    horizon: int = 15,
-    chunk: int = 1,
-    candidates: int = 200,
-    std: float = 0.5,
     seed: int = 0,
 ) -> None:
     """Plan in the dream, act in the real simulator, and print a table (kairos_gym.evaluation.control.plan).
@@ -100,28 +112,23 @@ def plan(
     Args:
         model: a shipped model's name, a folder or a hub id
         env: the simulator to act in, instead of the one that the model was trained on
-        planner: the cross-entropy method, iCEM, MPPI, random shooting, or gradient ascent (in the dream only)
         where: plan in the model's dream, or in the true simulator, for comparison
         episodes: how many episodes to play, side by side
-        horizon: how many chunks to look ahead
-        chunk: how many steps to play before planning again
-        candidates: how many plans to dream at once; gradient ascent, which is slow, begins with a 25th of them
-        std: how widely the search begins, in half ranges of the actions; 0.12 suits Reacher, which charges for effort
-        seed: episode e begins with seed + e
+        seed: episode e starts with seed + e
     """
     import numpy as np
 
     from envs import SimulatorDynamics
-    from kairos_gym.evaluation import control as playing
+    from kairos_gym.evaluation import control
     from kairos_gym.report import as_text
     from world_model.contract import Dynamics
 
-    world, env_id = _world(model, env)
-    method = _method(planner, horizon, chunk, candidates, std)
+    world, env_id = _load(model, env)
+    planner = config.make()
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
-    run = playing.plan(env_id, dynamics, method, episodes=episodes, seed=seed)
-    about = {
-        "planner": planner,
+    run = control.plan(env_id, dynamics, planner, episodes=episodes, seed=seed)
+    row = {
+        "planner": config.planner,
         "evaluations": run.evaluations,
         "planned in": where,
         "simulator": env_id,
@@ -131,99 +138,63 @@ def plan(
         "median": float(np.median(run.returns)),
         "ms a decision": run.ms_per_decision,
     }
-    print(as_text(list(about), [list(about.values())]))
+    print(as_text(list(row), [list(row.values())]))
 
 
 def explain(
     model: Model,
+    config: Flags[PlannerConfig],
     env: str | None = None,
-    planner: Method = "cem",
     decision: int = 5,
-    horizon: int = 15,
-    chunk: int = 1,
-    candidates: int = 200,
-    std: float = 0.5,
     seed: int = 0,
     dims: tuple[int, ...] = (),
     out: Path = Path("reports/plan.svg"),
 ) -> None:
-    """Draw all futures that were dreamed for one decision, beside what then happened (kairos_gym.evaluation.explain.explain).
+    """Draw all futures dreamed for one decision, beside what then happened (kairos_gym.evaluation.explain.explain).
 
     Args:
         model: a shipped model's name, a folder or a hub id
         env: the simulator to act in, instead of the one that the model was trained on
-        planner: as in plan
         decision: which one, 0 is the episode's first
-        horizon: how many chunks to look ahead
-        chunk: how many steps to play before planning again
-        candidates: how many plans to dream at once
-        std: how widely the search begins, in half ranges of the actions
         seed: of the episode and the search
         dims: which dimensions of the observation to draw; where not given, up to three in which the futures differ most
         out: the picture to write
     """
     from kairos_gym.evaluation.explain import draw_decision, explain
 
-    world, env_id = _world(model, env)
-    method = _method(planner, horizon, chunk, candidates, std)
-    explained = explain(env_id, world, method, decision=decision, seed=seed)
+    world, env_id = _load(model, env)
+    decided = explain(env_id, world, config.make(), decision=decision, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_decision(explained, dims or None).savefig(
-        out, dpi=100, metadata={"Date": None} if out.suffix == ".svg" else None
-    )
+    metadata = {"Date": None} if out.suffix == ".svg" else None
+    draw_decision(decided, dims or None).savefig(out, dpi=100, metadata=metadata)
     print(out)
 
 
-def learn(
-    model: Model,
-    out: Folder,
-    env: str | None = None,
-    algorithm: Literal["sac", "td3", "ppo", "shac"] = "sac",
-    steps: int | None = None,
-    dreams: int = 64,
-    max_error: float | None = None,
-    penalty: float = 0.0,
-    seed: int = 0,
-) -> None:
-    """Learn a policy in a model's dream, judged in the real simulator as it learns (kairos_gym.learning.learn.learn).
+def learn(model: Model, out: Folder, config: Flags[LearnConfig], env: str | None = None) -> None:
+    """Learn a policy in a model's dream, evaluated in the real simulator (kairos_gym.learning.learn.learn).
 
-    A call that was stopped goes on with the same command, from the last of the ten times that it was judged.
+    A call that was stopped goes on with the same command, from the last of its ten evaluations.
 
     Args:
         model: a shipped model's name, a folder or a hub id
-        out: the folder for the policies, what they earned, and TensorBoard's logs
-        env: the simulator that judges, instead of the one that the model was trained on
-        algorithm: Stable-Baselines3's soft actor-critic, TD3 or PPO; or shac, by gradients through the model's draft
-        steps: of single dreams, in all; where not given, 100,000, and for shac 2,000,000
-        dreams: how many dreams go on side by side
-        max_error: cut a dream short where it may be wrong by more than this, with a confidence of 0.9
-        penalty: what steps far from the training data cost, in standard deviations of the reward
-        seed: of everything drawn at random
+        out: the folder for the policies, their returns, and TensorBoard's logs
+        env: the simulator to evaluate in, instead of the one that the model was trained on
     """
     from kairos_gym.learning.learn import learn
 
-    learn(
-        model,
-        out,
-        env_id=env,
-        algorithm=algorithm,
-        steps=steps,
-        dreams=dreams,
-        max_error=max_error,
-        penalty=penalty,
-        seed=seed,
-    )
+    learn(model, out, config, env_id=env)
     _print_evaluations(out)
 
 
-def loop(env_id: Simulator, out: Folder, config: Annotated[LoopConfig, OmitArgPrefixes] = LoopConfig()) -> None:
-    """Learn a policy from few real steps: play, train the world model, train the policy in it, again (kairos_gym.learning.loop).
+def loop(env_id: Simulator, out: Folder, config: Flags[LoopConfig]) -> None:
+    """Learn a policy from few real steps, by a world model trained along with it (kairos_gym.learning.loop.loop).
 
-    A call that was stopped goes on with the same command.
+    Each round plays in the simulator, trains the world model on all that was played, and trains the policy in its
+    dreams. A call that was stopped goes on with the same command.
 
     Args:
         env_id: the simulator, such as Pendulum-v1
-        out: the folder for the policies, the models, the data, what was earned, and TensorBoard's logs
+        out: the folder for the policies, the models, the data, the returns, and TensorBoard's logs
     """
     from kairos_gym.learning.loop import loop
 
@@ -257,38 +228,32 @@ def score(
 
 
 def calibrate(model: Model, dataset_ids: Datasets, out: Path | None = None, seed: int = 0) -> None:
-    """Teach a model how wrong it may be, on recorded episodes it never saw (kairos_gym.evaluation.calibrate.calibrate).
+    """Give a model an error bound, measured on episodes it never saw (kairos_gym.evaluation.calibrate.calibrate).
 
     Args:
         model: a folder, or a shipped model's name or a hub id with --out
         dataset_ids: recorded episodes, one dataset or more; of its own training data, only those left out are used.
-            The first half teaches how doubt grows, the second says how much is enough: record it with other policies,
-            and the bound allows for those that it never saw
+            The first half of them fits how uncertainty grows along a dream, the second how large the bound must be for
+            it: record it with other policies, and the bound allows for policies that the fit never saw
         out: the folder to save the calibrated model to, instead of its own
         seed: of everything drawn at random
     """
     from kairos_gym.evaluation.calibrate import calibrate
     from kairos_gym.evaluation.comparison import steps_of
 
-    told = calibrate(model, dataset_ids, out, seed=seed).card["trust"]["dreams"]
-    print("Calibrated on", ", ".join(f"{n} dreams of {steps_of(h[1:])}" for h, n in told.items() if n))
+    dreams = calibrate(model, dataset_ids, out, seed=seed).card["trust"]["dreams"]
+    print("Calibrated on", ", ".join(f"{n} dreams of {steps_of(h[1:])}" for h, n in dreams.items() if n))
 
 
 def compare(
     model: str,
+    config: Flags[CompareConfig],
     env: str | None = None,
     policies: tuple[str, ...] = (),
-    episodes: int = 16,
-    seed: int = 10_000,
-    horizon: int = 64,
-    context: int = 16,
-    chunk: int = 1,
-    episode_steps: int | None = None,
     success: str | None = None,
-    references: bool = True,
     out: Path | None = None,
 ) -> None:
-    """Hold a dream against its simulator and write a report page (kairos_gym.evaluation.compare.compare).
+    """Compare a dream with its simulator and write a report page (kairos_gym.evaluation.compare.compare).
 
     Ten policies of different skill play in both; some are trained first, where they haven't been (some minutes).
 
@@ -296,45 +261,31 @@ def compare(
         model: a shipped model's name, a folder or a hub id
         env: the simulator, instead of the one that the model was trained on
         policies: more policies, Stable-Baselines3 files such as ppo:runs/mine.zip; load only those you trust
-        episodes: how many starts, the same for every policy
-        seed: start e is that of seed + e
-        horizon: how many steps to dream without looking
-        context: how many real frames to show first
-        chunk: how many steps to imagine at once
-        episode_steps: the time limit of an episode, instead of the simulator's own
         success: which observations are a success, as module:function, (obs [N,...]) -> bool [N]
-        references: fit what knows less (nothing moves, linear, ensemble) on the model's training data, beside it
         out: the folder to write index.html, comparison.json and logs/ to; reports/MODEL-ENV where not given
     """
-    from importlib import import_module
-
-    from kairos_gym.evaluation import page as comparison_page
+    from kairos_gym.evaluation import page
     from kairos_gym.evaluation.compare import compare
     from kairos_gym.policies.ladder import load_policy
 
-    _, env_id = _world(model, env)
-    success_fn = None
-    if success is not None:
-        module, _, name = success.partition(":")
-        success_fn = getattr(import_module(module), name, None)
-        if not callable(success_fn):
-            raise ValueError(f"success must be module:function, and there is no function {success!r}")
-    found = compare(
+    _, env_id = _load(model, env)
+    success_fn = None if success is None else _function(success)
+    comparison = compare(
         model,
         env_id,
         also=[load_policy(source, env_id) for source in policies],
-        episodes=episodes,
-        seed=seed,
-        horizon=horizon,
-        context=context,
-        chunk=chunk,
-        limit=episode_steps,
+        episodes=config.episodes,
+        seed=config.seed,
+        horizon=config.horizon,
+        context=config.context,
+        chunk=config.chunk,
+        limit=config.episode_steps,
         success_fn=success_fn,
-        references=references,
+        references=config.references,
     )
     folder = out or Path("reports") / f"{Path(model).name}-{env_id}".replace("/", "-")
-    path = comparison_page.write(found, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
-    print("\n".join(comparison_page.in_short(found.numbers())), f"The report: {path}", sep="\n\n")
+    path = page.write(comparison, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
+    print("\n".join(page.in_short(comparison.numbers())), f"The report: {path}", sep="\n\n")
 
 
 def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path = Path("reports/demo.html")) -> None:
@@ -343,7 +294,7 @@ def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path 
     Args:
         model: a shipped model's name, a folder or a hub id
         episodes: how many episodes to play each way
-        seed: episode e begins with seed + e
+        seed: episode e starts with seed + e
         out: the page to write
     """
     from kairos_gym.demo import demo
@@ -408,8 +359,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _world(model: str, env: str | None) -> tuple[WorldModel, str]:
-    """The model, and the simulator that is meant."""
+def _load(model: str, env: str | None) -> tuple[WorldModel, str]:
+    """The model, and the id of the simulator to use: ``env``, or the one that its card names."""
     from kairos_gym.models import load
 
     world = load(model)
@@ -419,34 +370,31 @@ def _world(model: str, env: str | None) -> tuple[WorldModel, str]:
     return world, env_id
 
 
-def _method(name: Method, horizon: int, chunk: int, candidates: int, std: float) -> Planner:
-    from planners import CEM, ICEM, MPPI, Gradient, RandomShooting
+def _function(name: str) -> Any:
+    """The function that "module:function" names."""
+    from importlib import import_module
 
-    if name == "shooting":
-        return RandomShooting(horizon=horizon, chunk=chunk, candidates=candidates)
-    if name == "gradient":
-        return Gradient(horizon=horizon, chunk=chunk, starts=max(1, candidates // 25), std=std)
-    if name == "mppi":
-        return MPPI(horizon=horizon, chunk=chunk, candidates=candidates, std=std)
-    if candidates < 2:
-        raise ValueError(f"{name} needs at least 2 candidates, got {candidates}")
-    kind, elites = CEM if name == "cem" else ICEM, max(2, candidates // 10)
-    return kind(horizon=horizon, chunk=chunk, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
+    module, _, attribute = name.partition(":")
+    function = getattr(import_module(module), attribute, None)
+    if not callable(function):
+        raise ValueError(f"success must be module:function, and there is no function {name!r}")
+    return function
 
 
 def _print_evaluations(out: Path) -> None:
-    """What the policies in ``out`` earned, time by time."""
+    """The returns of the policies in ``out``, evaluation by evaluation."""
     import json
 
     import numpy as np
 
     from kairos_gym.report import Cell, as_text
 
-    told = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    earned = [[float(np.mean(row[name])) for name in ("imagined", "real")] for row in told]
-    rows: list[list[Cell]] = [[f"{row['steps']:,}", *means] for row, means in zip(told, earned, strict=True)]
+    evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    rows: list[list[Cell]] = [
+        [f"{row['steps']:,}", float(np.mean(row["imagined"])), float(np.mean(row["real"]))] for row in evaluations
+    ]
     print(as_text(["steps", "imagined return", "real return"], rows))
-    best = max(real for _, real in earned)
+    best = max(float(np.mean(row["real"])) for row in evaluations)
     print(f"\nThe policy that earned {best:.4g} is {out / 'best.zip'}. Curves: tensorboard --logdir {out / 'logs'}")
 
 

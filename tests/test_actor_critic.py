@@ -16,6 +16,7 @@ from toys import PointMass, box_spec
 from envs import SimulatorDynamics
 from kairos_gym import DreamVectorEnv, load
 from kairos_gym.learning.learn import learn
+from kairos_gym.learning.learn_config import LearnConfig
 from kairos_gym.policies.shac import ActorCritic, ShacConfig
 from world_model.contract import Spec
 from world_model.dynamics.draft_dynamics import DraftDynamics
@@ -99,7 +100,8 @@ def test_what_it_cannot_learn_from() -> None:
 
 def test_a_name_is_enough(tmp_path: Path) -> None:
     def run(steps: int, **more: Any) -> Any:
-        return learn("pendulum", tmp_path, algorithm="shac", steps=steps, dreams=8, progress=False, **more)
+        config = LearnConfig(algorithm="shac", steps=steps, dreams=8)
+        return learn("pendulum", tmp_path, config, progress=False, **more)
 
     assert run(1280, horizon=8).num_timesteps == 1280
     assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 10
@@ -108,7 +110,7 @@ def test_a_name_is_enough(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another folder"):
         run(1408, horizon=4)
     with pytest.raises(ValueError, match="no gradient"):
-        learn("pendulum", tmp_path / "b", algorithm="shac", penalty=1.0)
+        learn("pendulum", tmp_path / "b", LearnConfig(algorithm="shac", penalty=1.0))
 
 
 @pytest.mark.parametrize("frames", [1, 2])

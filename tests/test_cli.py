@@ -23,6 +23,7 @@ from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.demo import show
 from kairos_gym.evaluation.control import plan, play, play_random
 from kairos_gym.evaluation.open_loop import score
+from kairos_gym.learning.train_config import TrainConfig
 from kairos_gym.policies.ladder import scripted_policies, trained_policies
 from kairos_gym.report import Cell, Report, as_text
 from planners import CEM
@@ -174,10 +175,10 @@ def test_a_finished_training_whose_errors_were_lost_measures_them(
         raise KeyboardInterrupt
 
     def run() -> WorldModel:
-        return training.train("a-v0", tmp_path / "m", draft_steps=2, steps=2, held_out=1, progress=False)
+        return training.train("a-v0", tmp_path / "m", TrainConfig(draft_steps=2, steps=2, held_out=1), progress=False)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "score", killed)
+        patch.setattr(training, "open_loop", killed)
         run()
     card = load(tmp_path / "m").card
     assert (card["env"], card["time_limit"], card["data"]["held_out"]) == ("Pendulum-v1", 200, 1)

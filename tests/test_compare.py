@@ -25,6 +25,7 @@ from kairos_gym.evaluation.compare import compare, expect_apart
 from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
 from kairos_gym.evaluation.rollouts import play_real
 from kairos_gym.learning.train import train
+from kairos_gym.learning.train_config import TrainConfig
 from kairos_gym.policies.ladder import Policy, scripted_policies
 from world_model.contract import Imagined
 from world_model.episodes import Episodes
@@ -195,7 +196,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "data"))
         collect("Pendulum-v1", "pp/train-v0", CollectConfig(seed=0, episodes=6, episode_steps=40), progress=False)
-        train("pp/train-v0", folder / "model", held_out=2, draft_steps=20, steps=4, progress=False)
+        train("pp/train-v0", folder / "model", TrainConfig(held_out=2, draft_steps=20, steps=4), progress=False)
         yield folder / "model"
 
 

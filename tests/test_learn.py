@@ -19,6 +19,7 @@ from toys import PointMass
 from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
 from kairos_gym.learning.learn import learn as learn_in_dream
+from kairos_gym.learning.learn_config import LearnConfig
 from kairos_gym.policies.sb3 import (
     ALGORITHMS,
     Algorithm,
@@ -118,8 +119,10 @@ def test_what_is_kept_and_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to run PPO")
-def test_a_model_names_its_judge(tmp_path: Path) -> None:
-    made = learn_in_dream(load("pendulum"), tmp_path, algorithm="ppo", steps=640, dreams=32, progress=False)
+def test_a_model_names_its_simulator(tmp_path: Path) -> None:
+    made = learn_in_dream(
+        load("pendulum"), tmp_path, LearnConfig(algorithm="ppo", steps=640, dreams=32), progress=False
+    )
     assert made.num_timesteps >= 640
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows[-1]["real"]) == 10
@@ -136,15 +139,15 @@ def test_a_model_names_its_judge(tmp_path: Path) -> None:
 def test_guards_and_rewards_reach_the_dreams(tmp_path: Path, made: list[tuple[Any, dict[str, Any]]]) -> None:
     evaluation = "Pendulum-v1,max_episode_steps=5"
     one: Any = lambda obs, action, next_obs: np.ones(len(obs))  # noqa: E731
-    about: dict[str, Any] = dict(algorithm="ppo", steps=640, dreams=32, env_id=evaluation, max_error=0.2, penalty=2.0)
-    learn_in_dream("pendulum", tmp_path, reward_fn=one, progress=False, **about)
+    config = LearnConfig(algorithm="ppo", steps=640, dreams=32, max_error=0.2, penalty=2.0)
+    learn_in_dream("pendulum", tmp_path, config, env_id=evaluation, reward_fn=one, progress=False)
     (plain, shown), (wary, kwargs) = sorted(made, key=lambda pair: isinstance(pair[0], Pessimistic))
     assert wary.penalty == 2.0 and wary.dynamics is plain
     assert kwargs == {"max_error": 0.2, "reward_fn": one} and shown == {"max_episode_steps": 5, "reward_fn": one}
     row = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
     assert row["imagined"] == [5.0] * 10, "as long as for real, in the reward that was asked for"
     with pytest.raises(ValueError, match="reward_fn"):
-        learn_in_dream("pendulum", tmp_path, progress=False, **about)
+        learn_in_dream("pendulum", tmp_path, config, env_id=evaluation, progress=False)
 
 
 def test_the_best_is_kept_and_a_line_is_the_last_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,15 +174,15 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names no simulator"):
         learn_in_dream(dreamer(), tmp_path)
     with pytest.raises(ValueError, match="at least 1280"):
-        learn_in_dream("pendulum", tmp_path, steps=100)
-    with pytest.raises(ValueError, match="another simulator has to judge"):
+        learn_in_dream("pendulum", tmp_path, LearnConfig(steps=100))
+    with pytest.raises(ValueError, match="evaluate it in another simulator"):
         learn_in_dream("pendulum", tmp_path, env_id="Reacher-v5")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'dqn'"):
         make_algorithm("dqn", mass(2))  # type: ignore[arg-type]
 
 
-def test_a_cautious_dream_is_an_env_like_any() -> None:
+def test_a_pessimistic_dream_is_an_env_like_any() -> None:
     model = load("pendulum")
     plain, wary = DreamVecEnv(model, 4), DreamVecEnv(Pessimistic(model, 1.0), 4)
     for venv in (plain, wary):
@@ -190,5 +193,5 @@ def test_a_cautious_dream_is_an_env_like_any() -> None:
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-6)
     assert (less < full).all()
     blob = wary.dreams.snapshot()
-    with pytest.raises(ValueError, match="cautious"):
+    with pytest.raises(ValueError, match="pessimistic"):
         plain.dreams.restore(blob)

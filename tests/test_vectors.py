@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.learning.train import train
+from kairos_gym.learning.train_config import TrainConfig
 from world_model.contract import Spec
 from world_model.model.world_model import WorldModel
 from world_model.spaces import ActionCheck, alike, chunked, flat_box, flatten, unflatten
@@ -129,7 +130,7 @@ def test_from_the_simulator_to_the_dream(simulator: str, tmp_path: Path, monkeyp
     """Choices and tables for actions, dicts for observations, episodes that end: recorded, learned, kept, dreamed."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     dataset = collect(simulator, "it-v0", CollectConfig(seed=0, episodes=12), progress=False)
-    train("it-v0", tmp_path / "model", pattern="SG", draft_steps=60, steps=20, held_out=4, progress=False)
+    train("it-v0", tmp_path / "model", TrainConfig(pattern="SG", draft_steps=60, steps=20, held_out=4), progress=False)
     model, real = WorldModel.from_pretrained(tmp_path / "model"), gym.make(simulator)
     assert model.spec.observation_space == real.observation_space == dataset.observation_space
     assert model.spec.action_space == real.action_space

@@ -9,25 +9,25 @@ from dataclasses import dataclass
 class LoopConfig:
     """How a loop goes about it. Steps are those of the simulator; a round is one turn of playing and learning."""
 
-    samples: int = 5000  # real steps to learn from in all; those that judge are not among them
+    samples: int = 5000  # real steps to learn from in all; those of evaluations are not counted
     round_steps: int = 250  # real steps between two trainings; the first, random round has twice as many
-    target: float | None = None  # stop when the judged real return reaches it
+    target: float | None = None  # stop when the mean real return of an evaluation reaches it
     max_error: float | None = 0.2  # a dream ends where its error may be larger; None: where it is `horizon` steps long
-    confidence: float = 0.9  # with which it isn't
-    horizon: int = 32  # steps of a dream at most
+    confidence: float = 0.9  # that it isn't, from 0.5 to 0.9
+    horizon: int = 32  # the longest dream, in steps
     penalty: float = 0.0  # what steps far from all real ones cost, in the reward's std; see ``planners.Pessimistic``
-    updates: int = 20  # of the policy for each real step at most; as many as there are trusted steps, real and dreamed
-    dreams: int = 64  # side by side
-    draft_steps: int = 3000  # updates of the world model in each round
-    memory_steps: int = 100  # and of its memory, after those of its draft
-    weight_decay: float = 1e-2  # the world model's
-    seed: int = 0
+    updates: int = 20  # of the policy for each real step, at most; as many as there are trusted steps, real and dreamed
+    dreams: int = 64  # how many dreams go on side by side
+    draft_steps: int = 3000  # updates of the world model's draft in each round
+    memory_steps: int = 100  # updates of its memory, after those of its draft
+    weight_decay: float = 1e-2  # of the world model's training
+    seed: int = 0  # of everything drawn at random
 
     def __post_init__(self) -> None:
         for name, least in (
             *((name, 1) for name in ("samples", "horizon", "updates", "dreams", "draft_steps")),
             *((name, 0) for name in ("penalty", "memory_steps", "weight_decay", "seed")),
-            ("round_steps", 50),  # or nobody could say how wrong dreams are
+            ("round_steps", 50),  # fewer can't tell how wrong dreams are
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

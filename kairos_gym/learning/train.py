@@ -10,34 +10,19 @@ import gymnasium as gym
 
 from kairos_gym.data.datasets import load_dataset, simulator_of
 from kairos_gym.evaluation.calibrate import LEAST, calibrate_model
-from kairos_gym.evaluation.open_loop import CONTEXT, score
+from kairos_gym.evaluation.open_loop import CONTEXT, open_loop
+from kairos_gym.learning.train_config import TrainConfig
 from world_model.contract import Spec
 from world_model.episodes import Episodes
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.training.config import FitConfig
 from world_model.training.fit import fit
 
 
 def train(
-    dataset_id: str,
-    out: str | Path,
-    *,
-    pattern: str = "SGDG",
-    chunk: int = 4,
-    draft: bool = True,
-    draft_steps: int = FitConfig.draft_steps,
-    steps: int = FitConfig.steps,
-    held_out: int = 64,
-    seed: int = 0,
-    progress: bool = True,
+    dataset_id: str, out: str | Path, config: TrainConfig = TrainConfig(), *, progress: bool = True
 ) -> WorldModel:
     """Train on all but the last ``held_out`` episodes of a Minari dataset -> the WorldModel, also saved in ``out``.
-
-    pattern: the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule.
-    chunk: the longest number of steps that one call imagines.
-    draft: begin with the draft; without it, the plain transformer.
-    draft_steps, steps: optimiser updates of the draft and of the transformer.
 
     The card names simulator, data and call, and holds the open-loop errors on the held-out episodes after 1, 8 and 64
     steps, as far as half of them are long enough. With 32 held-out episodes or more, the model is calibrated on them
@@ -46,52 +31,53 @@ def train(
     Raises FileNotFoundError without such a dataset, ValueError for a wrong argument, for a dataset of other spaces
     than ``Spec`` takes and where ``out`` holds another recipe's model.
     """
-    call = dict(pattern=pattern, chunk=chunk, draft=draft, draft_steps=draft_steps, steps=steps, held_out=held_out)
-    out, recipe = Path(out), FitConfig(seed=seed, draft_steps=draft_steps, steps=steps)
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, and {out} is a file: choose another name")
     dataset = load_dataset(dataset_id)
-    trained = dataset.total_episodes - held_out
-    if held_out < 0 or trained < 1:
+    total, trained = dataset.total_episodes, dataset.total_episodes - config.held_out
+    if trained < 1:
         raise ValueError(
-            f"held_out must be 0 or more and leave episodes to train on: {dataset_id} has {dataset.total_episodes}, "
-            f"got held_out={held_out}"
+            f"held_out must leave episodes to train on: {dataset_id} has {total}, got held_out={config.held_out}"
         )
-    dt, time_limit = _of_simulator(dataset)
-    spec = Spec(dataset.observation_space, dataset.action_space, chunk, dt)
+    dt, time_limit = _simulator_timing(dataset)
+    spec = Spec(dataset.observation_space, dataset.action_space, config.chunk, dt)
     (obs_dim,), (action_dim,) = spec.observation_box.shape, spec.action_box.shape
-    config = WorldModelConfig(obs_dim=obs_dim, action_dim=action_dim, pattern=pattern, chunk=chunk, draft=draft)
-    arguments = "".join(f", {name}={value!r}" for name, value in {**call, "seed": seed}.items())
+    shape = WorldModelConfig(
+        obs_dim=obs_dim, action_dim=action_dim, pattern=config.pattern, chunk=config.chunk, draft=config.draft
+    )
+    episodes = Episodes.from_minari(dataset, range(trained))
+    data = {**dataset.storage.metadata.get("recipe", {}), "dataset": dataset_id, "held_out": config.held_out}
     card: dict[str, Any] = {
         "env": simulator_of(dataset),
         "time_limit": time_limit,
-        "made_by": f"kairos_gym.learning.train.train({dataset_id!r}, {str(out)!r}{arguments})",
-        "data": {**dataset.storage.metadata.get("recipe", {}), "dataset": dataset_id, "held_out": held_out},
+        "made_by": f"kairos_gym.learning.train.train({dataset_id!r}, {str(out)!r}, {config!r})",
+        "data": {**data, "fingerprint": episodes.fingerprint()},
     }
-    episodes = Episodes.from_minari(dataset, range(trained))
-    card["data"]["fingerprint"] = episodes.fingerprint()
-    model = fit(config, spec, episodes, recipe, out=out, card=card, progress=progress)
-    horizon = longest_horizon(dataset, held_out)
-    if horizon is not None:
-        errors = score(model, dataset_id, horizon=horizon).table()
-        what = f"open-loop NRMSE on held-out episodes after {CONTEXT} real frames, RMS and median over trajectories"
-        model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
-    left = range(trained, dataset.total_episodes)
-    if len(left) >= LEAST:
-        calibrate_model(model, episodes, [Episodes.from_minari(dataset, left)], [dataset_id], seed=seed)
+    model = fit(shape, spec, episodes, config.fit_config(), out=out, card=card, progress=progress)
+    if config.held_out:
+        held_out = Episodes.from_minari(dataset, range(trained, total))
+        _measure_errors(model, held_out)
+        if config.held_out >= LEAST:
+            calibrate_model(model, episodes, [held_out], [dataset_id], seed=config.seed)
     model.save_pretrained(out)
     return model
 
 
-def longest_horizon(dataset: Any, held_out: int) -> int | None:
-    """The longest of 1, 8 and 64 steps that half of the held-out episodes, or more, can score; None where none is."""
-    last = range(dataset.total_episodes - held_out, dataset.total_episodes)
-    frames = [int(episode["total_steps"]) + 1 for episode in dataset.storage.get_episode_metadata(last)]
-    enough = [h for h in (1, 8, 64) if frames and 2 * sum(n >= CONTEXT + h for n in frames) >= len(frames)]
-    return max(enough, default=None)
+def _measure_errors(model: WorldModel, held_out: Episodes) -> None:
+    """Put the open-loop errors on the card, up to the longest of 1, 8 and 64 steps that half of the episodes allow."""
+    frames = held_out.left[held_out.starts()] + 1
+    enough = {h: int((frames >= CONTEXT + h).sum()) for h in (1, 8, 64)}
+    horizons = [h for h, count in enough.items() if 2 * count >= len(frames)]
+    if not horizons:
+        return
+    horizon = max(horizons)
+    errors = open_loop(model, held_out, model.scaling.obs_std, horizon=horizon, trajectories=enough[horizon]).table()
+    what = f"open-loop NRMSE on held-out episodes after {CONTEXT} real frames, RMS and median over trajectories"
+    model.card = {**model.card, "errors": {"what": what, "held_out": errors}}
 
 
-def _of_simulator(dataset: Any) -> tuple[float, int | None]:
+def _simulator_timing(dataset: Any) -> tuple[float, int | None]:
     """The seconds of a step, and the time limit of the simulator itself: ``collect`` may have recorded with another."""
     dt, limit = 1.0, None if dataset.env_spec is None else dataset.env_spec.max_episode_steps
     try:
@@ -99,13 +85,13 @@ def _of_simulator(dataset: Any) -> tuple[float, int | None]:
         dt = float(getattr(env.unwrapped, "dt", dt))
         env.close()
     except Exception as error:  # whatever stops a simulator from being made doesn't stop training on its data
-        why = " ".join(str(error).split())
-        print(f"the simulator of {dataset.id} can't be made ({why}): a step is taken to last 1 s", file=sys.stderr)
-    name = (simulator_of(dataset) or "").split(",")
+        reason = " ".join(str(error).split())
+        print(f"the simulator of {dataset.id} can't be made ({reason}): a step is taken to last 1 s", file=sys.stderr)
+    arguments = (simulator_of(dataset) or "").split(",")
     if (
         dataset.env_spec is not None
         and dataset.env_spec.id in gym.registry
-        and not any(argument.strip().startswith("max_episode_steps") for argument in name)
+        and not any(argument.strip().startswith("max_episode_steps") for argument in arguments)
     ):
         limit = gym.spec(dataset.env_spec.id).max_episode_steps
     return dt, limit

@@ -1,9 +1,8 @@
-"""Policies of different skill for one simulator: what experience is recorded with, and a dream held against."""
+"""Policies of different skill for one simulator, to record experience with and to compare a dream on."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from world_model.files import replace_atomically
 from world_model.noise import bits, normal
 from world_model.spaces import alike
 
@@ -32,9 +32,9 @@ ALGORITHMS = ("sac", "td3", "ddpg", "ppo", "a2c", "dqn")
 class Policy:
     """``act(obs, step, seeds) -> actions`` for N episodes side by side, and a name.
 
-    obs: N elements of the observation space, stacked; step: how many steps the episodes have made; seeds: int64 [N], an
-    episode's own; actions: N elements of the action space, stacked. It is a pure function, so the same policy throws
-    the same dice in the simulator and in a dream of it.
+    obs: N elements of the observation space, stacked; step: how many steps the episodes have made; seeds: int64 [N],
+    one of each episode; actions: N elements of the action space, stacked. It is a pure function, so a policy draws the
+    same random numbers in the simulator and in a dream of it.
     """
 
     name: str
@@ -44,22 +44,22 @@ class Policy:
 def ladder(env_id: str, folder: str | Path | None = None, *, seed: int = 0, progress: bool = True) -> list[Policy]:
     """Ten policies from doing nothing to skilled: ``scripted_policies`` and ``trained_policies`` -> list of Policy.
 
-    Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``expert_policies`` takes the place of ``trained_policies``.
+    Where a task has a scripted expert (robosuite's Lift, Stack and Door), ``expert_policies`` replace the trained ones.
     """
     from envs import make_real
 
     env = make_real(env_id)
     space = env.action_space
     try:
-        able = expert_policies(env)
+        skilled = expert_policies(env)
     except ValueError:  # no expert for this task, or not as it is observed and controlled here
-        able = trained_policies(env_id, folder, seed=seed, progress=progress)
+        skilled = trained_policies(env_id, folder, seed=seed, progress=progress)
     env.close()
-    return scripted_policies(space) + able
+    return scripted_policies(space) + skilled
 
 
 def expert_policies(env: gym.Env) -> list[Policy]:
-    """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, aiming beside, and letting go.
+    """A task's scripted expert: clean, with noise of 0.3, 0.6 and 1 half ranges, missing its aim, and letting go.
 
     Raises ValueError where there is none.
     """
@@ -68,13 +68,13 @@ def expert_policies(env: gym.Env) -> list[Policy]:
     Expert(env)
 
     def expert(failure: str | None) -> Callable[[Any, int, Seeds], NDArray[Any]]:
-        made: dict[int, Expert] = {}
+        experts: dict[int, Expert] = {}
 
         def act(obs: Any, step: int, seeds: Seeds) -> NDArray[Any]:
             for seed in map(int, seeds):
-                if seed not in made:
-                    made[seed] = Expert(env, failure=failure, seed=seed)
-            return np.stack([made[int(seed)].act(row, step) for row, seed in zip(obs, seeds, strict=True)])
+                if seed not in experts:
+                    experts[seed] = Expert(env, failure=failure, seed=seed)
+            return np.stack([experts[int(seed)].act(row, step) for row, seed in zip(obs, seeds, strict=True)])
 
         return act
 
@@ -89,36 +89,36 @@ def expert_policies(env: gym.Env) -> list[Policy]:
 
 
 def scripted_policies(space: spaces.Space) -> list[Policy]:
-    """Policies that don't look: still (the middle of the actions), uniform, held (uniform, kept for 8 steps), sine."""
+    """Policies that ignore observations: still (the middle action), uniform, held (uniform, for 8 steps each), sine."""
     if isinstance(space, spaces.Discrete):
         first, n = int(space.start), int(space.n)
 
-        def drawn(step: int, seeds: Seeds) -> NDArray[Any]:
+        def uniform_discrete(step: int, seeds: Seeds) -> NDArray[Any]:
             return first + (_bits(step, seeds) % n).astype(space.dtype)
 
         return [
             Policy("still", lambda obs, step, seeds: np.full(len(seeds), first, space.dtype)),
-            Policy("uniform", lambda obs, step, seeds: drawn(step, seeds)),
-            Policy("held", lambda obs, step, seeds: drawn(step // HOLD, seeds)),
+            Policy("uniform", lambda obs, step, seeds: uniform_discrete(step, seeds)),
+            Policy("held", lambda obs, step, seeds: uniform_discrete(step // HOLD, seeds)),
             Policy("sine", lambda obs, step, seeds: np.full(len(seeds), first + step * n // PERIOD % n, space.dtype)),
         ]
     assert isinstance(space, spaces.Box)
     middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
     phase = np.linspace(0, 2 * np.pi, space.low.size, endpoint=False).reshape(space.shape)
 
-    def at(place: NDArray[Any], n: int) -> NDArray[Any]:
-        """Places in [-1,1] as actions."""
-        return np.broadcast_to(middle + half * place, (n, *space.shape)).astype(space.dtype)
+    def rescale(unit: NDArray[Any], n: int) -> NDArray[Any]:
+        """Numbers in [-1,1] as actions [n,...]."""
+        return np.broadcast_to(middle + half * unit, (n, *space.shape)).astype(space.dtype)
 
     def uniform(step: int, seeds: Seeds) -> NDArray[Any]:
-        many = _bits(step, seeds[:, None] * 1_000_003 + np.arange(space.low.size))
-        return at((many / 2**62 - 1).reshape(-1, *space.shape), len(seeds))
+        random = _bits(step, seeds[:, None] * 1_000_003 + np.arange(space.low.size))
+        return rescale((random / 2**62 - 1).reshape(-1, *space.shape), len(seeds))
 
     return [
-        Policy("still", lambda obs, step, seeds: at(np.zeros(space.shape), len(seeds))),
+        Policy("still", lambda obs, step, seeds: rescale(np.zeros(space.shape), len(seeds))),
         Policy("uniform", lambda obs, step, seeds: uniform(step, seeds)),
         Policy("held", lambda obs, step, seeds: uniform(step // HOLD, seeds)),
-        Policy("sine", lambda obs, step, seeds: at(np.sin(2 * np.pi * step / PERIOD + phase), len(seeds))),
+        Policy("sine", lambda obs, step, seeds: rescale(np.sin(2 * np.pi * step / PERIOD + phase), len(seeds))),
     ]
 
 
@@ -128,8 +128,8 @@ def trained_policies(
     """Policies that Stable-Baselines3 trains in the real simulator, with the same settings for every task.
 
     Soft actor-critic, or PPO where actions are discrete, after 1/8, 1/4, 1/2 and all of the ``steps``; the last one
-    also with Gaussian noise of 0.3 and 0.6 half ranges on its actions. They lie in ``folder`` (None: in
-    ``runs/policies/<env_id>``), and are trained only where they don't.
+    also with Gaussian noise of 0.3 and 0.6 half ranges on its actions. Their files are in ``folder`` (None: in
+    ``runs/policies/<env_id>``); what is there already is not trained again.
     """
     _sb3()
     from envs import make_real
@@ -143,14 +143,14 @@ def trained_policies(
         if progress:
             print(f"Training policies in {env_id}: {steps} steps, once, into {folder}", file=sys.stderr)
         _train(env, algorithm, seed, stages, files)
-    found = [
-        _of(_load(algorithm, file), f"{algorithm.upper()}, {stage:,} steps")
+    policies = [
+        _from_sb3(_load_sb3(algorithm, file), f"{algorithm.upper()}, {stage:,} steps")
         for file, stage in zip(files, stages, strict=True)
     ]
     if isinstance(env.action_space, spaces.Box):
-        found += [with_noise(found[-1], env.action_space, std) for std in NOISES]
+        policies += [with_noise(policies[-1], env.action_space, std) for std in NOISES]
     env.close()
-    return found
+    return policies
 
 
 def with_noise(policy: Policy, space: spaces.Box, std: float) -> Policy:
@@ -159,8 +159,8 @@ def with_noise(policy: Policy, space: spaces.Box, std: float) -> Policy:
 
     def act(obs: Any, step: int, seeds: Seeds) -> NDArray[Any]:
         noise = normal(torch.from_numpy(seeds), torch.full((len(seeds),), step), size).numpy()
-        moved = policy.act(obs, step, seeds) + std * half * noise.reshape(-1, *space.shape)
-        return np.clip(moved, space.low, space.high).astype(space.dtype)
+        noisy = policy.act(obs, step, seeds) + std * half * noise.reshape(-1, *space.shape)
+        return np.clip(noisy, space.low, space.high).astype(space.dtype)
 
     return Policy(f"{policy.name}, noise {std:g}", act)
 
@@ -178,13 +178,13 @@ def load_policy(source: str, env_id: str) -> Policy:
         raise ValueError(f"a policy is named algorithm:path with one of {', '.join(ALGORITHMS)}, got {source!r}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no policy file {path}")
-    model, env = _load(algorithm, Path(path)), make_real(env_id)
-    ours, theirs = (model.observation_space, model.action_space), (env.observation_space, env.action_space)
+    model, env = _load_sb3(algorithm, Path(path)), make_real(env_id)
+    pairs = (model.observation_space, env.observation_space), (model.action_space, env.action_space)
     env.close()
-    for a, b in zip(ours, theirs, strict=True):
-        if not alike(a, b):
-            raise ValueError(f"the policy {path} is for {a}, {env_id} has {b}")
-    return _of(model, Path(path).stem)
+    for ours, theirs in pairs:
+        if not alike(ours, theirs):
+            raise ValueError(f"the policy {path} is for {ours}, {env_id} has {theirs}")
+    return _from_sb3(model, Path(path).stem)
 
 
 def fingerprint(env_id: str, policies: Sequence[Policy]) -> str:
@@ -195,9 +195,9 @@ def fingerprint(env_id: str, policies: Sequence[Policy]) -> str:
     digest = hashlib.sha256(version("kairos_gym").encode())
     obs, _ = env.reset(seed=0)
     env.close()
-    shown = batch_of_one(obs)
+    batch = batch_of_one(obs)
     for policy in policies:
-        digest.update(policy.name.encode() + np.ascontiguousarray(policy.act(shown, 3, np.array([7]))).tobytes())
+        digest.update(policy.name.encode() + np.ascontiguousarray(policy.act(batch, 3, np.array([7]))).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -207,13 +207,13 @@ def batch_of_one(obs: Any) -> Any:
 
 
 def _train(env: Any, algorithm: str, seed: int, stages: list[int], files: list[Path]) -> None:
-    """Small networks, one update a step: three to five CPU-minutes for 12,000 steps."""
+    """Train small networks, one update a step (12,000 steps take three to five CPU-minutes), and save each stage."""
     sb3 = _sb3()
-    kind = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
+    network = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
     with torch.random.fork_rng(devices=[]):
         if algorithm == "sac":
             model: Any = sb3.SAC(
-                kind,
+                network,
                 env,
                 seed=seed,
                 learning_rate=1e-3,
@@ -224,15 +224,13 @@ def _train(env: Any, algorithm: str, seed: int, stages: list[int], files: list[P
                 device="cpu",
             )
         else:
-            model = sb3.PPO(kind, env, seed=seed, n_steps=256, device="cpu")
+            model = sb3.PPO(network, env, seed=seed, n_steps=256, device="cpu")
         files[0].parent.mkdir(parents=True, exist_ok=True)
         done = 0
         for stage, file in zip(stages, files, strict=True):
             model.learn(stage - done, reset_num_timesteps=done == 0)
             done = stage
-            part = file.with_suffix(".part.zip")
-            model.save(part)
-            os.replace(part, file)
+            replace_atomically(file, model.save)
 
 
 def _sb3() -> Any:
@@ -243,11 +241,11 @@ def _sb3() -> Any:
     return stable_baselines3
 
 
-def _load(algorithm: str, file: Path) -> Any:
+def _load_sb3(algorithm: str, file: Path) -> Any:
     return getattr(_sb3(), algorithm.upper()).load(file, device="cpu")
 
 
-def _of(model: Any, name: str) -> Policy:
+def _from_sb3(model: Any, name: str) -> Policy:
     return Policy(name, lambda obs, step, seeds: model.predict(obs, deterministic=True)[0])
 
 
