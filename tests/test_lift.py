@@ -12,13 +12,14 @@ import torch
 
 from envs import Expert, SimulatorDynamics, make_real
 from envs.robosuite.rewards import lifted, simple_lift, staged_lift
-from kairos_gym.bench.lift import PLANNER, lift, wilson
+from kairos_gym.bench.lift import PLANNER, lift
 from kairos_gym.data import collect as recording
 from kairos_gym.data.actors import EXPERT_VARIANTS
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import simulator_of
 from kairos_gym.evaluation.control import plan
+from kairos_gym.evaluation.intervals import wilson
 from kairos_gym.models import load
 from kairos_gym.policies.ladder import ladder
 from planners import CEM, MPC, Objective

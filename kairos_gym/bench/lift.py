@@ -1,4 +1,4 @@
-"""Lift in the real robosuite: how often a plan dreamed up lifts the cube, beside all that it has to beat."""
+"""Lift in the real robosuite: how often a plan made in the dream lifts the cube, beside other policies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,36 +14,38 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from kairos_gym.bench.harness import Row
+from kairos_gym.evaluation.intervals import wilson
 from kairos_gym.learning.recipes import RECIPES, collect_split, load_task_data, model_config
 from kairos_gym.models import load
 from kairos_gym.policies.cloning import best_episodes, clone
 from kairos_gym.report import machine
 from planners import CEM, MPC, Objective, PolicyGuided
+from world_model.contract import StepFn
 from world_model.episodes import Episodes
 from world_model.training.fit import fit
 
-Who = Literal[
-    "dream", "proposed", "random-data", "truth", "truth-budget", "policy", "clone", "clone-best", "expert", "random"
+PolicyName = Literal[
+    "dream", "guided", "random-data", "truth", "truth-budget", "sac", "clone", "clone-best", "expert", "random"
 ]
-Wanted = Literal["staged", "simple", "learned"]
-Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]
+RewardName = Literal["staged", "simple", "learned"]
+Act = Callable[[NDArray[Any], "NDArray[Any] | None"], NDArray[Any]]  # obs [O], the last steps' obs [K,O] -> actions
+MakeAct = Callable[[int], Act]  # of an episode's number
 HOLD = 5  # steps for which the cube must stay lifted at the end
 PLANNER = CEM(horizon=8, chunk=2, candidates=192, elites=20, iterations=3, std=0.35, min_std=0.1)
-# The simulator is some hundred times slower than the dream.
-FRUGAL = replace(PLANNER, candidates=48, elites=8)
+SMALL_PLANNER = replace(PLANNER, candidates=48, elites=8)  # the simulator is some hundred times slower than the dream
 BEST = 1 / 3  # of the episodes, those with the highest return
 POLICY_UPDATES = 50_000
-DREAMS, ROUNDS = (1, 256), 7
 
 
-def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30_000) -> dict[str, Any]:
+def lift(policy: PolicyName, reward: RewardName = "staged", episodes: int = 50, seed: int = 30_000) -> Row:
     """Play Lift for real -> how many of ``episodes`` starts end with the cube held up for 5 steps, within 200.
 
-    who: "dream", planning in the shipped model; "proposed", the same with the search begun at a behaviour clone's
+    policy: "dream", planning in the shipped model; "guided", the same with the search begun at a behaviour clone's
         plan; "random-data", in a model of the same recipe trained on random actions alone; "truth", on the simulator
-        itself with a quarter of the candidates; "truth-budget", in the dream with as few; "policy", SAC trained in the
+        itself with a quarter of the candidates; "truth-budget", in the dream with as few; "sac", SAC trained in the
         dream; "clone" and "clone-best", behaviour cloning on all data and on the best third; "expert"; "random".
-    reward: what planners want: ``envs.robosuite.rewards`` staged or simple, or the reward that the model predicts.
+    reward: the planners' objective: ``envs.robosuite.rewards`` staged or simple, or the reward that the model predicts.
     Starts are those of ``reset(seed=seed)`` and the following seeds, without those that are solved already. Planners
     look at every second step, the others at each.
     """
@@ -53,7 +54,7 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     env: Any = make_real(RECIPES["lift"].env)
-    begin, about = _player(who, reward, env)
+    make_act, columns = _make_policy(policy, reward, env)
     held: dict[int, bool] = {}  # by the start's seed
     steps, sizes, thinking, refused = [], set(), 0.0, 0
     bar = tqdm(total=episodes, unit="episode")
@@ -64,7 +65,7 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
             refused += 1
             continue
         sizes.add(tuple(obs[env.unwrapped.fields["cube_size"]].tolist()))
-        act = begin(number - seed)
+        act = make_act(number - seed)
         lasted, made, seen = 0, 0, None
         over = False
         while lasted < HOLD and not over:
@@ -85,82 +86,95 @@ def lift(who: Who, reward: Wanted = "staged", episodes: int = 50, seed: int = 30
         bar.update()
     bar.close()
     env.close()
-    lifted = sum(held.values())
-    low, high = wilson(lifted, episodes)
-    won = [n for n, h in zip(steps, held.values(), strict=True) if h]
-    return {
-        "bench": "lift",
-        "who": who,
-        "reward": reward if who in ("dream", "proposed", "random-data", "truth", "truth-budget") else None,
-        **about,
+    about = {"bench": "lift", "policy": policy, "reward": reward if "planner" in columns else None, **columns}
+    return about | {
         "episodes": episodes,
         "seed": seed,
         "refused": refused,
         "cube_sizes": len(sizes),
-        "lifted": lifted,
-        "success": lifted / episodes,
-        "wilson_95": [low, high],
-        "median_steps_of_the_lifted": statistics.median(won) if won else None,
+        **_successes(held, steps),
         "cpu_seconds_thinking": thinking / episodes,
-        "failed": [start for start, h in held.items() if not h],
         "machine": machine(),
     }
 
 
-def _player(who: Who, reward: Wanted, env: Any) -> tuple[Callable[[int], Act], dict[str, Any]]:
-    """What plays: given an episode's number, a fresh ``act``; and what a reader should know of it."""
-    from envs import Expert, SimulatorDynamics
+def _successes(held: dict[int, bool], steps: list[int]) -> Row:
+    """How many starts ended with the cube held, the rate's interval, and the steps that these took."""
+    lifted = sum(held.values())
+    took = [n for n, success in zip(steps, held.values(), strict=True) if success]
+    return {
+        "lifted": lifted,
+        "success": lifted / len(held),
+        "wilson_95": wilson(lifted, len(held)),
+        "median_steps_of_the_lifted": statistics.median(took) if took else None,
+        "failed": [seed for seed, success in held.items() if not success],
+    }
+
+
+def _make_policy(name: PolicyName, reward: RewardName, env: Any) -> tuple[MakeAct, dict[str, Any]]:
+    """What gives an episode its ``act``, and columns of the row: the data that it learned from, its planner."""
+    from envs import Expert
     from envs.robosuite.rewards import simple_lift, staged_lift
 
-    if who == "random":
-        space = env.action_space
-
-        def uniform(number: int) -> Act:
-            rng = np.random.default_rng(number)
-            return lambda obs, seen: rng.uniform(space.low, space.high)
-
-        return uniform, {"data": None}
-    if who == "expert":
-        return lambda number: _alone(Expert(env, seed=number)), {"data": None}
-    if who == "policy":
-        return _dreamed_policy(staged_lift(env.unwrapped.fields)), {"data": "all"}
-    if who in ("clone", "clone-best"):
-        return _cloning(who == "clone-best"), {"data": "all" if who == "clone" else "best third"}
+    if name == "random":
+        return _uniform(env.action_space), {"data": None}
+    if name == "expert":
+        return lambda episode: _reactive(Expert(env, seed=episode)), {"data": None}
     fields = env.unwrapped.fields
-    wanted = {"staged": staged_lift(fields), "simple": simple_lift(fields), "learned": None}[reward]
-    planner: Any = FRUGAL if who.startswith("truth") else PLANNER
-    about = {"data": "all", "planner": repr(planner)}
-    world: Any
-    if who == "truth":
+    if name == "sac":
+        return _dreamed_policy(staged_lift(fields)), {"data": "all"}
+    if name in ("clone", "clone-best"):
+        return _clone(name == "clone-best"), {"data": "all" if name == "clone" else "best third"}
+    reward_fn = {"staged": staged_lift(fields), "simple": simple_lift(fields), "learned": None}[reward]
+    return _planning(name, Objective(reward_fn=reward_fn), env)
+
+
+def _planning(name: PolicyName, objective: Objective, env: Any) -> tuple[MakeAct, dict[str, Any]]:
+    """Planning in a dream or, for "truth", in the simulator."""
+    from envs import SimulatorDynamics
+
+    planner: Any = SMALL_PLANNER if name.startswith("truth") else PLANNER
+    columns = {"data": "all", "planner": repr(planner)}
+    if name == "truth":
         simulator = SimulatorDynamics(RECIPES["lift"].env)
 
-        def true(number: int) -> Act:
-            mpc = MPC(simulator, planner, Objective(reward_fn=wanted), seed=number)
-            return lambda obs, seen: mpc.act(obs, state=simulator.capture(env))
+        def make_exact(episode: int) -> Act:
+            mpc = MPC(simulator, planner, objective, seed=episode)
+            return lambda obs, inner: mpc.act(obs, state=simulator.capture(env))
 
-        return true, about | {"data": None}
-    if who == "random-data":
-        recipe, task = RECIPES["lift"], load_task_data("lift")
-        episodes = Episodes.from_minari(collect_split(recipe, "random", 3, recipe.episodes, "mixed"))
-        world = fit(
-            model_config(recipe, task.spec), task.spec, episodes, recipe.train, out=Path("runs") / "lift-random"
-        )
-        about["data"] = "as many random steps"
-    else:
-        world = load("lift")
-    if who == "proposed":
+        return make_exact, columns | {"data": None}
+    world: Any = load("lift") if name != "random-data" else _fit_random_data()
+    if name == "random-data":
+        columns["data"] = "as many random steps"
+    if name == "guided":
         task = load_task_data("lift")
         planner = PolicyGuided(planner, clone(task.spec, task.train))
 
-    def dreaming(number: int) -> Act:
-        mpc = MPC(world, planner, Objective(reward_fn=wanted), seed=number)
-        return lambda obs, seen: mpc.act(obs, inner_obs=seen)
+    def make_dreaming(episode: int) -> Act:
+        mpc = MPC(world, planner, objective, seed=episode)
+        return lambda obs, inner: mpc.act(obs, inner_obs=inner)
 
-    return dreaming, about
+    return make_dreaming, columns
 
 
-def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
-    """SAC, trained in cautious dreams that begin at the experts' states, and by a quarter on the experts' own steps."""
+def _fit_random_data() -> Any:
+    """A model of the shipped one's recipe, trained on as many episodes of random actions."""
+    recipe, task = RECIPES["lift"], load_task_data("lift")
+    episodes = Episodes.from_minari(collect_split(recipe, "random", 3, recipe.episodes, "mixed"))
+    config = model_config(recipe, task.spec)
+    return fit(config, task.spec, episodes, recipe.train, out=Path("runs") / "lift-random")
+
+
+def _uniform(space: Any) -> MakeAct:
+    def make(episode: int) -> Act:
+        rng = np.random.default_rng(episode)
+        return lambda obs, inner: rng.uniform(space.low, space.high)
+
+    return make
+
+
+def _dreamed_policy(reward_fn: StepFn) -> MakeAct:
+    """SAC, trained in pessimistic dreams that start at the experts' states, and by a quarter on the experts' steps."""
     from kairos_gym.dream.sb3_vec_env import DreamVecEnv
     from kairos_gym.learning.learn import start_states, to_replay_buffer
     from kairos_gym.policies.sb3 import MixedReplayBuffer, make_algorithm
@@ -168,90 +182,31 @@ def _dreamed_policy(wanted: Any) -> Callable[[int], Act]:
 
     world, real = load("lift"), load_task_data("lift").train
     world.starts = start_states(real)
-    venv = DreamVecEnv(Pessimistic(world, 1.0), 64, max_episode_steps=16, reward_fn=wanted)
+    venv = DreamVecEnv(Pessimistic(world, 1.0), 64, max_episode_steps=16, reward_fn=reward_fn)
     venv.seed(0)
     nets = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
-    own: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "replay_buffer_class": MixedReplayBuffer,
         "learning_starts": 0,
         "gamma": 0.97,
         "policy_kwargs": nets,
     }
-    policy: Any = make_algorithm("sac", venv, **own)
-    at = (real.index > 0).nonzero()[:, 0]
+    policy: Any = make_algorithm("sac", venv, **settings)
+    steps = (real.index > 0).nonzero()[:, 0]
     reward = torch.zeros(len(real.obs))
-    reward[at] = wanted(real.obs[at - 1], real.action[at], real.obs[at])
+    reward[steps] = reward_fn(real.obs[steps - 1], real.action[steps], real.obs[steps])
     policy.replay_buffer.real = to_replay_buffer(real, world.spec, policy, reward)
     policy.replay_buffer.share = 0.25
     policy.learn(POLICY_UPDATES // policy.gradient_steps * venv.num_envs, log_interval=None)
-    return lambda number: _alone(lambda obs: policy.predict(obs, deterministic=True)[0])
+    return lambda episode: _reactive(lambda obs: policy.predict(obs, deterministic=True)[0])
 
 
-def _cloning(only_best: bool) -> Callable[[int], Act]:
+def _clone(only_best: bool) -> MakeAct:
     task = load_task_data("lift")
     policy = clone(task.spec, best_episodes(task.train, BEST) if only_best else task.train)
-    return lambda number: _alone(lambda obs: policy(torch.from_numpy(obs)).numpy())
+    return lambda episode: _reactive(lambda obs: policy(torch.from_numpy(obs)).numpy())
 
 
-def _alone(policy: Callable[[NDArray[Any]], NDArray[Any]]) -> Act:
-    return lambda obs, seen: policy(obs)
-
-
-def wilson(won: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a success rate (95%): it stays within [0,1], and says something also of 0 or all of n."""
-    rate = won / of
-    middle = (rate + z * z / (2 * of)) / (1 + z * z / of)
-    half = z * sqrt(rate * (1 - rate) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def lift_speed() -> dict[str, Any]:
-    """Dreamed Lift steps a CPU-second, 1 and 256 dreams at once and 1 or 4 steps at a time, over robosuite's own.
-
-    One thread, by turns in one run, so that whatever else the machine does meets all alike; medians of 7 rounds.
-    """
-    from envs import make_real
-
-    world: Any = load("lift")
-    env = make_real(RECIPES["lift"].env, max_episode_steps=10**9)
-    env.reset(seed=0)
-    env.action_space.seed(0)
-
-    def simulate() -> int:
-        for _ in range(64):
-            env.step(env.action_space.sample())
-        return 64
-
-    def dreaming(batch: int, chunk: int) -> Callable[[], int]:
-        assert world.starts is not None
-        first = world.starts.obs[torch.arange(batch) % len(world.starts.obs)]
-        state = world.observe(world.initial(batch), first)
-        low, high = (torch.from_numpy(bound) for bound in (world.spec.action_box.low, world.spec.action_box.high))
-        actions = low + (high - low) * torch.rand(batch, chunk, len(low), generator=torch.Generator().manual_seed(0))
-
-        def play() -> int:
-            dream = state
-            with torch.inference_mode():
-                for _ in range(16):
-                    dream, _ = world.imagine(dream, actions)
-            return 16 * batch * chunk
-
-        return play
-
-    jobs = {"robosuite": simulate}
-    jobs |= {f"{batch} dreams, chunk {chunk}": dreaming(batch, chunk) for batch in DREAMS for chunk in (1, 4)}
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(ROUNDS):
-        for name, job in jobs.items():
-            begun = time.thread_time()
-            steps = job()
-            rates[name].append(steps / (time.thread_time() - begun))
-    env.close()
-    base = rates["robosuite"]
-    over = {n: statistics.median(a / b for a, b in zip(r, base, strict=True)) for n, r in rates.items()}
-    return {
-        "bench": "lift_speed",
-        "steps_per_cpu_second": {name: statistics.median(rate) for name, rate in rates.items()},
-        "over_robosuite": {name: ratio for name, ratio in over.items() if name != "robosuite"},
-        "machine": machine(),
-    }
+def _reactive(policy: Callable[[NDArray[Any]], NDArray[Any]]) -> Act:
+    """A policy that needs the present observation alone."""
+    return lambda obs, inner: policy(obs)

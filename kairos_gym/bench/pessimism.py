@@ -1,4 +1,4 @@
-"""Caution where data are few: whether plans that pay for ignorance earn more in the real simulator."""
+"""Whether plans that pay for the model's uncertainty have higher real returns, for models trained on little data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from kairos_gym.bench.harness import Row
 from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import calibrate_model
 from kairos_gym.evaluation.control import plan, play
@@ -17,6 +18,7 @@ from kairos_gym.report import machine
 from planners import CEM, Plan
 from world_model.dynamics import Pessimistic
 from world_model.episodes import Episodes, spec_of
+from world_model.model.world_model import WorldModel
 from world_model.training.fit import fit
 
 PLANNERS = {
@@ -26,8 +28,8 @@ PLANNERS = {
 }
 LASTS = {"pendulum": 100, "reacher": 50, "halfcheetah": 80}  # steps of a real episode
 UPDATES = {"draft_steps": 5000, "steps": 200}
-KEPT = 16  # episodes to calibrate on
-RUNGS = 10  # policies that play by turns in a ladder's episodes
+CALIBRATION_EPISODES = 16
+RUNGS = 10  # policies that take turns in a ladder's episodes
 
 
 def pessimism(
@@ -40,57 +42,38 @@ def pessimism(
     episodes: int = 20,
     seed: int = 0,
     start: int = 6000,
-) -> dict[str, Any]:
+) -> Row:
     """Train on few episodes, calibrate on 16 others, and play for real with each penalty -> mean returns.
 
     Penalties are ``Pessimistic``'s, and so is ``by``. Each row has the mean difference to the same planner without one
-    from the same starts, and its 95% interval over starts; "imagined" is what plans without a penalty promised a step,
-    "real" what a step then earned.
+    from the same starts, and its 95% interval over starts; "imagined" is the reward a step that plans without a penalty
+    predicted, "real" the one that followed.
 
     task: pendulum, reacher or halfcheetah. dataset: whose episodes, "TASK/train-v0" where None. policies: which of
     every ten episodes count, for a ladder's are played by ten policies by turns. seed: of the training, and which
     episodes it has. start: starts are those of ``reset(seed=start)`` and the following seeds.
     """
-    from envs import make_real
-
     if task not in PLANNERS:
         raise ValueError(f"task must be one of {', '.join(PLANNERS)}, got {task!r}")
-    recipe, planner = RECIPES[task], PLANNERS[task]
-    env_id = f"{recipe.env},max_episode_steps={LASTS[task]}"
+    env_id = f"{RECIPES[task].env},max_episode_steps={LASTS[task]}"
     name = f"{task}/train-v0" if dataset is None else dataset
-    source = load_dataset(name)
-    chosen = [e for e in range(source.total_episodes) if e % RUNGS in policies]
-    first = seed * episodes_of_data
-    if episodes_of_data < 1 or first + episodes_of_data + KEPT > len(chosen):
-        raise ValueError(
-            f"{name} has {len(chosen)} episodes of these policies: not enough for {episodes_of_data=} with {seed=} "
-            f"and {KEPT} to calibrate on"
-        )
-    few = Episodes.from_minari(source, chosen[first : first + episodes_of_data])
-    env = make_real(env_id)
-    spec = spec_of(env, 4)
-    env.close()
-    folder = f"few-{name.replace('/', '-')}-{''.join(map(str, policies))}-{episodes_of_data}-{seed}"
-    model = fit(
-        model_config(recipe, spec), spec, few, replace(recipe.train, **UPDATES, seed=seed), out=Path("runs") / folder
-    )
-    calibrate_model(model, few, [Episodes.from_minari(source, chosen[-KEPT:])], [name], seed=seed)
-
-    promised = _Promised(planner)
-    plain = plan(env_id, model, promised, episodes=episodes, seed=start)
-    space: Any = spec.action_space
-    rest = np.zeros((episodes, *space.shape), space.dtype)
-    still = play(env_id, lambda obs, inner: rest, episodes=episodes, seed=start)
-    played = {
-        str(p): plan(env_id, Pessimistic(model, p, by), planner, episodes=episodes, seed=start) for p in penalties
+    model = _train_on_few(task, env_id, name, policies, episodes_of_data, seed)
+    recorder = _PlanRecorder(PLANNERS[task])
+    plain = plan(env_id, model, recorder, episodes=episodes, seed=start)
+    space: Any = model.spec.action_space
+    zeros = np.zeros((episodes, *space.shape), space.dtype)
+    still = play(env_id, lambda obs, inner: zeros, episodes=episodes, seed=start)
+    others = {
+        str(penalty): plan(env_id, Pessimistic(model, penalty, by), recorder.planner, episodes=episodes, seed=start)
+        for penalty in penalties
     }
-    rows = [{"penalty": "0", "mean": float(plain.returns.mean())}]
-    for penalty, other in (played | {"no action": still}).items():
-        more = replace(other, returns=other.returns - plain.returns)
-        mean, difference = float(other.returns.mean()), float(more.returns.mean())
-        rows.append({"penalty": penalty, "mean": mean, "difference": difference, "interval": more.interval()})
+    rows: list[Row] = [{"penalty": "0", "mean": float(plain.returns.mean())}]
+    for penalty, other in (others | {"no action": still}).items():
+        gain = replace(other, returns=other.returns - plain.returns)
+        mean, difference = float(other.returns.mean()), float(gain.returns.mean())
+        rows.append({"penalty": penalty, "mean": mean, "difference": difference, "interval": gain.interval()})
     return {
-        "bench": "caution",
+        "bench": "pessimism",
         "task": task,
         "data": name,
         "policies": policies,
@@ -100,25 +83,49 @@ def pessimism(
         "start": start,
         "episodes": episodes,
         "reward_std": float(model.scaling.reward_std),
-        "imagined": promised.mean(),
+        "imagined": recorder.reward_per_step(),
         "real": float(plain.returns.sum() / sum(map(len, plain.actions))),
         "rows": rows,
         "machine": machine(),
     }
 
 
-class _Promised:
-    """A planner that remembers what its plans were imagined to earn."""
+def _train_on_few(task: str, env_id: str, name: str, policies: tuple[int, ...], count: int, seed: int) -> WorldModel:
+    """A model of ``count`` episodes of the dataset ``name``, calibrated on the last 16 of the same policies."""
+    from envs import make_real
+
+    source, recipe = load_dataset(name), RECIPES[task]
+    chosen = [e for e in range(source.total_episodes) if e % RUNGS in policies]
+    first = seed * count
+    if count < 1 or first + count + CALIBRATION_EPISODES > len(chosen):
+        raise ValueError(
+            f"{name} has {len(chosen)} episodes of these policies: not enough for episodes_of_data={count} with "
+            f"{seed=} and {CALIBRATION_EPISODES} to calibrate on"
+        )
+    few = Episodes.from_minari(source, chosen[first : first + count])
+    env = make_real(env_id)
+    spec = spec_of(env, 4)
+    env.close()
+    folder = Path("runs") / f"few-{name.replace('/', '-')}-{''.join(map(str, policies))}-{count}-{seed}"
+    config = replace(recipe.train, **UPDATES, seed=seed)
+    model = fit(model_config(recipe, spec), spec, few, config, out=folder)
+    held_out = Episodes.from_minari(source, chosen[-CALIBRATION_EPISODES:])
+    calibrate_model(model, few, [held_out], [name], seed=seed)
+    return model
+
+
+class _PlanRecorder:
+    """A planner that records the imagined returns of its plans."""
 
     def __init__(self, planner: CEM):
         self.planner, self.values = planner, torch.zeros(0)
 
     def plan(self, *args: Any, **options: Any) -> Plan:
         """See ``Planner.plan``."""
-        found = self.planner.plan(*args, **options)
-        self.values = torch.cat([self.values, found.value])
-        return found
+        result = self.planner.plan(*args, **options)
+        self.values = torch.cat([self.values, result.value])
+        return result
 
-    def mean(self) -> float:
-        """A step's share, over all plans."""
+    def reward_per_step(self) -> float:
+        """The mean imagined reward of a step, over all plans."""
         return float(self.values.mean()) / (self.planner.horizon * self.planner.chunk)

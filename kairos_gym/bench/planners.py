@@ -1,17 +1,15 @@
-"""What each planner earns for as many dreamed candidates, in the dream and on the true simulator."""
+"""The return of each planner with the same number of candidates, planning in the dream and on the true simulator."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from kairos_gym.bench.harness import Row
 from kairos_gym.evaluation.control import interval, plan
 from kairos_gym.learning.recipes import RECIPES
 from kairos_gym.models import load
@@ -20,42 +18,44 @@ from planners import CEM, ICEM, MPPI, Gradient, Objective, RandomShooting, Searc
 from world_model.contract import Dynamics
 
 Where = Literal["dream", "truth"]
-ROUNDS = 3
+ITERATIONS = 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is planned, chosen on starts other than those of ``planners``.
+    """How a task is planned: chosen on other starts than those of ``planners``.
 
     On the true simulator, but for InvertedPendulum, chosen in the dream, and Pusher, chosen on both.
     """
 
     horizon: int  # H, chunks
-    chunk: int  # K, steps that are played before it is planned again
+    chunk: int  # K, steps played before the next decision
     std: float = 0.5  # of the first candidates, in half action ranges
-    candidates: int = 64  # of each of the 3 rounds
+    candidates: int = 64  # of each of the 3 iterations
     objective: Objective = Objective()
 
     def planners(self) -> dict[str, SearchPlanner]:
-        """By name: all with as many evaluations a decision (but for one more or a few less), and three with half."""
+        """By name: all with (nearly) the same number of evaluations a decision, and three of them with half."""
         h, k, std, n = self.horizon, self.chunk, self.std, self.candidates
         starts = 8
-        found: dict[str, SearchPlanner] = {
-            "random shooting": RandomShooting(h, k, candidates=ROUNDS * n),
-            "gradient": Gradient(h, k, starts=starts, iterations=ROUNDS * n // starts - 1, std=std),
+        planners: dict[str, SearchPlanner] = {
+            "random shooting": RandomShooting(h, k, candidates=ITERATIONS * n),
+            "gradient": Gradient(h, k, starts=starts, iterations=ITERATIONS * n // starts - 1, std=std),
         }
         for name, m in (("", n), (", half", n // 2)):
             elites = max(2, m // 8)
-            found[f"CEM{name}"] = CEM(h, k, candidates=m, elites=elites, iterations=ROUNDS, std=std)
-            found[f"MPPI{name}"] = MPPI(h, k, candidates=m, iterations=ROUNDS, std=std)
-            # The elites that it keeps are dreamed again.
+            planners[f"CEM{name}"] = CEM(h, k, candidates=m, elites=elites, iterations=ITERATIONS, std=std)
+            planners[f"MPPI{name}"] = MPPI(h, k, candidates=m, iterations=ITERATIONS, std=std)
+            # The elites that it keeps are evaluated again.
             fewer = m - round(ICEM.keep * elites)
-            found[f"iCEM{name}"] = ICEM(h, k, candidates=fewer, elites=elites, iterations=ROUNDS, std=std, shrink=1)
-        return found
+            planners[f"iCEM{name}"] = ICEM(
+                h, k, candidates=fewer, elites=elites, iterations=ITERATIONS, std=std, shrink=1
+            )
+        return planners
 
 
 def _balance(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-    """The pole upright, the cart in the middle, both at rest: to be paid for survival alone tells few plans apart."""
+    """Upright pole, cart in the middle, both at rest. The task's own reward, 1 for survival, tells few plans apart."""
     place, angle, speeds = next_obs[..., 0], next_obs[..., 1], next_obs[..., 2:]
     return 1 - (angle / 0.2) ** 2 - place**2 - 0.01 * speeds.square().sum(-1)
 
@@ -74,17 +74,17 @@ def planners(
     dynamics: tuple[Where, ...] = ("dream", "truth"),
     episodes: int = 20,
     seed: int = 5000,
-) -> dict[str, Any]:
+) -> Row:
     """Play ``episodes`` real episodes of each task with each planner, in the dream and on the truth -> one table.
 
-    Episode e begins as ``reset(seed=seed + e)`` and is planned with the same noise, whoever plays, so differences are
-    paired. A gradient needs a dream: the simulators pass none on.
+    Episode e begins as ``reset(seed=seed + e)`` for every planner, with the same noise, so differences are paired.
+    Gradients exist in the dream only: simulators have none.
     """
     from envs import SimulatorDynamics
 
     if unknown := set(tasks) - set(SETTINGS):
         raise ValueError(f"no task {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for task in tasks:
         setting, env = SETTINGS[task], RECIPES[task].env
         for name, planner in setting.planners().items():
@@ -109,7 +109,7 @@ def planners(
     return {"bench": "planners", "episodes": episodes, "seed": seed, "machine": machine(), "rows": rows}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """A line for each task and planner; beside CEM the mean paired difference, with its 95% interval, in the dream."""
     by = {(row["task"], row["planner"], row["dynamics"]): row for row in rows}
     lines: list[list[Cell]] = []
@@ -127,56 +127,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return as_text([*columns, "ms a decision"], lines)
 
 
-def _mean(row: dict[str, Any] | None) -> Cell:
+def _mean(row: Row | None) -> Cell:
     return "-" if row is None else "{:.2f} ({:.2f} to {:.2f})".format(row["mean"], *row["interval"])
-
-
-def together(
-    model: str = "reacher",
-    batch: int = 64,
-    sizes: tuple[int, ...] = (4, 16, 64, 400),
-    rounds: int = 5,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Time to plan for ``batch`` environments in one call, over that of as many calls for one each.
-
-    CEM with 3 rounds of each size, H=5 chunks of K=4 steps, by turns; ``KAIROS_KERNELS=torch`` measures plain torch.
-    CPU time, or, with ``device="cuda"``, the time until the GPU has done it.
-    """
-    world = load(model).to(device)
-    assert world.starts is not None
-    obs = world.starts.obs[torch.arange(batch) % len(world.starts.obs), :1].to(device)
-    seeds = torch.arange(batch)
-    state = world.observe(world.initial(batch, seeds), obs)
-    one = [state.select(torch.tensor([b], device=device)) for b in range(batch)]
-    rows: list[dict[str, Any]] = []
-
-    def now() -> float:
-        if device == "cpu":
-            return time.thread_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    for size in sizes:
-        planner = CEM(5, 4, candidates=size, elites=max(2, size // 8), iterations=ROUNDS)
-
-        def at_once(planner: CEM = planner) -> None:
-            planner.plan(world, state, seed=seeds)
-
-        def one_by_one(planner: CEM = planner) -> None:
-            for b, batch_of_one in enumerate(one):
-                planner.plan(world, batch_of_one, seed=b)
-
-        took: dict[Any, list[float]] = {at_once: [], one_by_one: []}
-        for _ in range(rounds):
-            for job, times in took.items():
-                begun = now()
-                job()
-                times.append(now() - begun)
-        whole, single = (median(times) for times in took.values())
-        rows.append(
-            {"candidates": size, "together_ms": 1000 * whole, "one_by_one_ms": 1000 * single, "share": whole / single}
-        )
-    print(as_text(list(rows[0]), [list(row.values()) for row in rows]))
-    about = {"bench": "together", "model": model, "batch": batch, "device": device, "machine": machine()}
-    return about | {"rows": rows}

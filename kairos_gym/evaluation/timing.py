@@ -15,15 +15,18 @@ def interleaved_rates(
     rounds: int,
     *,
     clock: Callable[[], float] = time.thread_time,
+    setup: Callable[[], object] | None = None,
     warmup: bool = True,
 ) -> dict[Name, list[float]]:
     """Run all jobs once a round -> the units that each did a second, round by round.
 
     jobs: each returns how many units (steps, bytes, ...) it did. clock: thread CPU time unless another is given.
-    warmup: an uncounted first round.
+    setup: called before each round, outside the clock. warmup: an uncounted first round.
     """
     rates: dict[Name, list[float]] = {name: [] for name in jobs}
     for number in range(-int(warmup), rounds):
+        if setup is not None:
+            setup()
         for name, job in jobs.items():
             start = clock()
             units = job()
