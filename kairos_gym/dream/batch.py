@@ -328,7 +328,7 @@ class DreamBatch:
             if self._artist is None:
                 self._artist = make_real(name, render_mode="rgb_array")
                 self._artist.reset(seed=0)
-            return render_observation(self._artist, self.adapter.shown(to_numpy(self.obs[row])))
+            return render_observation(self._artist, self.adapter.to_observations(to_numpy(self.obs[row])))
         except (TypeError, ValueError, ImportError):
             raise  # they say themselves what this observation lacks
         except Exception as error:
@@ -428,7 +428,7 @@ class DreamBatch:
         if imagined.obs is None or not known[at].all():
             raise ValueError("reward_fn and termination_fn judge observations, so no step may have decode=False")
         spec, begun = self.model.spec, present[torch.from_numpy(at)]
-        seen = self.adapter.within(torch.cat([begun[:, None], imagined.obs], 1))
+        seen = self.adapter.clip(torch.cat([begun[:, None], imagined.obs], 1))
         steps = (
             unflatten(spec.observation_space, seen[:, :-1].flatten(0, 1)),
             unflatten(spec.action_space, actions.flatten(0, 1).clone()),  # not the caller's own

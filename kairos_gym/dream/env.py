@@ -120,7 +120,7 @@ class DreamEnv(gym.Env[Any, Any]):
         """
         dreams = self._batch
         dreams.expect_open()
-        context = dreams.adapter.context(options or {}, ())
+        context = dreams.adapter.parse_options(options or {}, ())
         super().reset(seed=seed)
         dreams.reset(self._rows, [seed], context)
         return self._shown(), {}
@@ -139,7 +139,7 @@ class DreamEnv(gym.Env[Any, Any]):
         the dream is then as it was and can go on. Raises ResetNeeded before ``reset`` and after the end.
         """
         dreams = self._batch
-        actions = dreams.adapter.actions(self._check(action), 1, dreams.device)
+        actions = dreams.adapter.to_vectors(self._check(action), 1, dreams.device)
         with torch.set_grad_enabled(False):
             step = dreams.step(actions, self._rows)
         (obs, reward), (terminated, truncated, lost) = step.arrays(), step.ends
@@ -155,7 +155,7 @@ class DreamEnv(gym.Env[Any, Any]):
         if step.error_bound is not None:
             bound, steps = float(step.error_bound.bound[0]), int(step.error_bound.steps[0])
             info["trust"] = {"error_bound": bound, "confidence": dreams.confidence, "steps": steps}
-        return dreams.adapter.shown(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return dreams.adapter.to_observations(obs[0]), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def snapshot(self) -> bytes:
         """All that the dream's future depends on but for the weights, whose fingerprint it carries.
@@ -203,4 +203,4 @@ class DreamEnv(gym.Env[Any, Any]):
 
     def _shown(self) -> Any:
         obs, known = self._batch.present()
-        return self._batch.adapter.shown(to_numpy(obs[self._row])) if known[self._row] else None
+        return self._batch.adapter.to_observations(to_numpy(obs[self._row])) if known[self._row] else None

@@ -39,23 +39,23 @@ class SpaceAdapter:
         single = self.spec.action_space
         return deepcopy(single) if self.chunk == 1 else chunked(single, self.chunk)
 
-    def actions(self, played: NDArray[Any], rows: int, device: torch.device) -> Tensor:
+    def to_vectors(self, played: NDArray[Any], rows: int, device: torch.device) -> Tensor:
         """Actions of ``rows`` dreams, of the action space and in its dtype -> [R,K,A], a copy: a state may keep it."""
         if self._is_discrete:
             played = flatten(self.spec.action_space, played)
         vectors = torch.from_numpy(played.reshape(rows, self.chunk, -1).astype(np.float32))
         return vectors if device.type == "cpu" else vectors.to(device)
 
-    def allow(self, actions: Tensor) -> bool:
+    def contains_actions(self, actions: Tensor) -> bool:
         """Whether actions [...,A] are all numbers within their bounds."""
         least, most = self._least.to(actions.device), self._most.to(actions.device)
         return torch.equal(actions.detach().clamp(least, most), actions)
 
-    def within(self, obs: Tensor) -> Tensor:
+    def clip(self, obs: Tensor) -> Tensor:
         """Observations [...,O] within the observation space's finite bounds."""
         return obs.clamp(self._low.to(obs.device), self._high.to(obs.device)) if self._bounded else obs
 
-    def shown(self, obs: NDArray[Any]) -> Any:
+    def to_observations(self, obs: NDArray[Any]) -> Any:
         """Vectors [...,O] as elements of the observation space, copies within its finite bounds."""
         space = self.spec.observation_space
         if self._bounded:
@@ -64,7 +64,7 @@ class SpaceAdapter:
             obs = obs.astype(self._box.dtype)
         return obs if self._is_vector else _cast(space, unflatten(space, obs))
 
-    def context(self, options: dict[str, Any], lead: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
+    def parse_options(self, options: dict[str, Any], lead: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
         """Where reset ``options`` begin: obs [R,T,O] and actions [R,T,A] or None; None where they don't say.
 
         ``lead``: the dimensions that must stand before an observation or a stretch of them, () or (B,).

@@ -109,7 +109,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
     @property
     def observations(self) -> Any:
         """The present observations [B,...]. None before reset, and after a step with decode=False."""
-        return None if self._batch.obs is None else self._batch.adapter.shown(to_numpy(self._batch.obs))
+        return None if self._batch.obs is None else self._batch.adapter.to_observations(to_numpy(self._batch.obs))
 
     def row(self, b: int) -> DreamEnv:
         """Dream b as a ``DreamEnv``: a view, so what happens to the one happens to the other.
@@ -137,7 +137,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             raise TypeError(f"options must be a dict, got {options!r}")
         options = dict(options or {})
         rows = _rows(options.pop("reset_mask"), b) if "reset_mask" in options else None
-        context = dreams.adapter.context(options, (b,))
+        context = dreams.adapter.parse_options(options, (b,))
         seeds = _seeds(seed, b)
         if rows is not None:
             where = torch.from_numpy(rows)
@@ -160,7 +160,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         the name with "_" before it.
         """
         dreams = self._batch
-        played = dreams.adapter.actions(self._check(actions), self.num_envs, dreams.device)
+        played = dreams.adapter.to_vectors(self._check(actions), self.num_envs, dreams.device)
         with torch.set_grad_enabled(False):
             went = self._advance(played, True)
         step = went.step
@@ -171,10 +171,16 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             infos |= {"final_obs": np.full(self.num_envs, None), "_final_obs": went.done}
             infos |= {"final_info": tell(went.done), "_final_info": went.done}
             for b in np.flatnonzero(went.done):
-                infos["final_obs"][b] = dreams.adapter.shown(obs[b])
+                infos["final_obs"][b] = dreams.adapter.to_observations(obs[b])
         if went.began:
             obs = to_numpy(dreams.obs)
-        return dreams.adapter.shown(obs), reward.astype(np.float64), terminated.copy(), truncated.copy(), infos
+        return (
+            dreams.adapter.to_observations(obs),
+            reward.astype(np.float64),
+            terminated.copy(),
+            truncated.copy(),
+            infos,
+        )
 
     def step_torch(self, actions: Tensor, *, decode: bool = True) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
         """``step`` for learners on the model's device: what was imagined stays there.
@@ -199,7 +205,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
             raise TypeError(f"step_torch takes a tensor, got {type(actions).__name__}; step takes the others")
         if actions.shape != shape or actions.dtype != torch.float32:
             raise ValueError(f"actions must be float32 {list(shape)}, got {actions.dtype} {list(actions.shape)}")
-        if not dreams.adapter.allow(actions):
+        if not dreams.adapter.contains_actions(actions):
             raise ValueError(f"actions must be finite and within {box}; clip or rescale them before the step")
         with torch.set_grad_enabled(torch.is_grad_enabled() and actions.requires_grad):
             went = self._advance(actions.view(self.num_envs, self.chunk, -1), decode)
@@ -275,7 +281,7 @@ class DreamVectorEnv(VectorEnv[Any, Any, Any]):
         return _Went(step, dreams.everywhere, done, True)
 
     def _structured(self, obs: Tensor) -> Any:
-        return unflatten(self.model.spec.observation_space, self._batch.adapter.within(obs))
+        return unflatten(self.model.spec.observation_space, self._batch.adapter.clip(obs))
 
     def _numbers(self, rows: Sequence[int] | None) -> Rows | None:
         if rows is None:

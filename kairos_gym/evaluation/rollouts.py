@@ -109,7 +109,7 @@ def play_real(
         solving = [[False] for _ in sims]
         going = np.ones(episodes, bool)
         for t in range(steps):
-            chosen = policy.act(adapter.shown(np.stack([frames[-1] for frames in seen])), t, seeds)
+            chosen = policy.act(adapter.to_observations(np.stack([frames[-1] for frames in seen])), t, seeds)
             for e in np.flatnonzero(going):
                 obs, reward, terminated, truncated, info = sims[e].step(chosen[e])
                 seen[e].append(_flat(space, obs))
@@ -121,7 +121,7 @@ def play_real(
                 solved = success_of(info)
                 defined |= solved is not None
                 if success_fn is not None:
-                    solved = bool(_ask(success_fn, adapter.shown(seen[e][-1][None]))[0])
+                    solved = bool(_ask(success_fn, adapter.to_observations(seen[e][-1][None]))[0])
                 solving[e].append(bool(solved))
                 if t < limit:
                     total[p, e] += float(reward)
@@ -162,11 +162,11 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
     ended, lost = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
     for t in range(rollouts.limit):
         whose, start = np.divmod(rows, len(seeds))
-        shown = adapter.shown(obs)
+        shown = adapter.to_observations(obs)
         chosen = np.concatenate(
             [policies[p].act(_rows(shown, whose == p), t, seeds[start[whose == p]]) for p in np.unique(whose)]
         )
-        state, imagined = dynamics.imagine(state, adapter.actions(chosen, len(rows), device))
+        state, imagined = dynamics.imagine(state, adapter.to_vectors(chosen, len(rows), device))
         assert imagined.obs is not None
         obs, reward, ends = (to_numpy(x[:, 0]) for x in (imagined.obs, imagined.reward, imagined.terminated))
         sound = np.isfinite(obs).all(-1) & np.isfinite(reward)
@@ -174,7 +174,7 @@ def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn 
         lost[rows[~sound]] = True
         ended[rows[sound & ends]] = True
         if success_fn is not None and sound.any():
-            solved = rows[sound][_ask(success_fn, adapter.shown(obs[sound]))]
+            solved = rows[sound][_ask(success_fn, adapter.to_observations(obs[sound]))]
             success[solved] = np.minimum(success[solved], t + 1)
         going = sound & ~ends
         last[rows[~going]] = t + 1
