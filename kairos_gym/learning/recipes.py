@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from minari import MinariDataset
@@ -27,10 +27,11 @@ from world_model.training.config import FitConfig
 from world_model.training.fit import fit
 
 SEEDS = {"train": 0, "validation": 1, "test": 2}
-# How wrong a dream may be is asked of every kind of policy, so these are played by ladders of ten: in "calibration" the
-# rule learns from the first two ladders, and how much is enough is measured on the other two. These two play the second
-# set too, for which the bound is promised; "unseen" is played by trained policies that nothing else here has seen.
-CALIBRATION = {"calibration": (1, 2, 3, 4), "second": (3, 4), "unseen": (5,)}  # policy seeds
+# Policy seeds of the ladders (ten policies each) that play the episodes of the error bound, since it has to hold for
+# every kind of policy. In "calibration" the first two ladders fit it, the other two scale it. Its coverage is then
+# measured on fresh episodes: "second" of the ladders that scaled it, for which it is promised, and "unseen" of trained
+# policies that nothing else here has seen.
+CALIBRATION = {"calibration": (1, 2, 3, 4), "second": (3, 4), "unseen": (5,)}
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,16 @@ class Recipe:
 
 # Chosen on validation episodes, for 70 to 80 CPU-seconds each, Lift's for more. Eight times the updates of an earlier
 # form lowered errors after 8 steps to a ninth (Pendulum) to nine tenths (HalfCheetah). "SG" was as good as "SGDG" on
-# Reacher with half the layers (not compared alike on the others). Reacher's elbow can be pushed past pi, where its sine
-# and cosine are those of the other end of its range and one frame can't tell which way it will be thrown back: two
-# frames can. HalfCheetah's draft was a little better without the second. A pole that nobody balances falls within ten
-# steps, so InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of the rail in
-# several hundred steps, so its episodes have their full length. Nor does a pole swing up by itself: the swing-up's data
-# are the ladder's too, whose trained policies hold it upright for half of the time; and Pusher's, whose trained ones
-# come to the object. There two frames tell a sliding object's speed, and a model of 250 episodes without the weight
-# decay led the planner astray. A robot arm that moves at random touches nothing, so Lift's data are the scripted
-# expert's, failing and interrupted; they go on after success, so that a dream knows how a cube is held.
+# Reacher with half the layers; this was not compared elsewhere. Two frames for the draft (draft_frames) help where one
+# frame doesn't tell the velocity: Reacher's elbow is thrown back when it is pushed past pi, where its sine and cosine
+# equal those of the other end of its range, and Pusher's object slides. HalfCheetah's draft was a little better with
+# one. Pusher's 250 episodes without weight decay led the planner astray.
+#
+# "mixed" data suit tasks whose interesting states random actions reach. An inverted pole falls within ten steps, so
+# InvertedPendulum's data are the ladder's: some of its policies balance, and drift to the end of the rail in several
+# hundred steps, so episodes have their full length. The ladder also swings a pole up, and holds it up for half of the
+# time, and moves Pusher's arm to the object. Lift's data are the scripted expert's, failing and interrupted, since an
+# arm that moves at random touches nothing; they go on after success, so that a dream knows how a cube is held.
 SMALL: dict[str, object] = {"pattern": "SG"}
 RECIPES = {
     recipe.name: recipe
@@ -112,7 +114,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TaskData:
-    """The three splits of one task; ``std`` [O] is the training data's, the unit of every error, and 1 where it's 0."""
+    """The three splits of one task. ``std`` [O] is that of the training data, the unit of errors; 1 where it is 0."""
 
     spec: Spec
     time_limit: int | None
@@ -123,29 +125,37 @@ class TaskData:
 
 
 def load_task_data(name: str) -> TaskData:
-    """Collect the splits of a recipe, or load them where they lie already (see ``kairos_gym.data.collect``)."""
+    """Collect the splits of a recipe, or load those that are there already (see ``kairos_gym.data.collect``)."""
     from envs import make_real
 
     recipe = RECIPES[name]
-    loaded = {split: _split(recipe, *about) for split, about in _splits(recipe).items()}
+    loaded = {recording.split: _load(recipe, recording) for recording in _splits(recipe)}
     env = make_real(recipe.env)
     limit = env.spec.max_episode_steps if env.spec else None
     std = loaded["train"].obs.std(0)
     return TaskData(spec_of(env, 4), limit, std=std.where(std > 1e-6, torch.ones_like(std)), **loaded)
 
 
-def _splits(recipe: Recipe) -> dict[str, tuple[str, int, int, Behaviour]]:
-    """Split, seed, episodes and behaviour of each of the three."""
-    return {
-        split: (split, seed, recipe.episodes if split == "train" else 64, recipe.behaviour)
+class Recording(NamedTuple):
+    """One dataset of a recipe, "NAME/SPLIT-v0"."""
+
+    split: str
+    seed: int
+    episodes: int
+    behaviour: Behaviour
+    policy_seed: int = 0
+
+
+def _splits(recipe: Recipe) -> list[Recording]:
+    """Train, validation and test."""
+    return [
+        Recording(split, seed, recipe.episodes if split == "train" else 64, recipe.behaviour)
         for split, seed in SEEDS.items()
-    }
+    ]
 
 
-def _split(
-    recipe: Recipe, split: str, seed: int, episodes: int, behaviour: Behaviour, policy_seed: int = 0
-) -> Episodes:
-    return Episodes.from_minari(collect_split(recipe, split, seed, episodes, behaviour, policy_seed))
+def _load(recipe: Recipe, recording: Recording) -> Episodes:
+    return Episodes.from_minari(collect_split(recipe, *recording))
 
 
 def collect_split(
@@ -164,8 +174,8 @@ def collect_split(
 
 
 def calibration_sets(recipe: Recipe) -> dict[str, list[Episodes]]:
-    """The episodes of each set in CALIBRATION, a ladder each; of "unseen" those of the trained policies alone."""
-    sets = {name: [_split(recipe, *about) for about in _ladders(recipe, name)] for name in _sets(recipe)}
+    """The episodes of each set in CALIBRATION, by ladder; of "unseen" only those of the trained policies."""
+    sets = {name: [_load(recipe, recording) for recording in _ladders(recipe, name)] for name in _sets(recipe)}
     scripted_policies = 4  # of each ladder's ten, the same in all
     if "unseen" in sets:
         sets["unseen"] = [part.pick(lambda e: e % 10 >= scripted_policies) for part in sets["unseen"]]
@@ -173,23 +183,24 @@ def calibration_sets(recipe: Recipe) -> dict[str, list[Episodes]]:
 
 
 def _sets(recipe: Recipe) -> list[str]:
-    """Which sets of CALIBRATION a recipe has: a scripted expert is the same in every ladder, so none is unseen."""
+    """The sets of CALIBRATION that a recipe has: a scripted expert is the same in every ladder, so none is unseen."""
     return [name for name in CALIBRATION if name != "unseen" or recipe.behaviour != "expert"]
 
 
-def _ladders(recipe: Recipe, name: str) -> list[tuple[str, int, int, Behaviour, int]]:
-    """What a set is made of: split, seed, episodes, behaviour and policy seed of each dataset."""
+def _ladders(recipe: Recipe, name: str) -> list[Recording]:
+    """The datasets of a set in CALIBRATION, one for each ladder."""
     first = 10 * (3 + list(CALIBRATION).index(name))
-    return [(f"{name}-{p}", first + p, recipe.ladder_episodes, "ladder", p) for p in CALIBRATION[name]]
+    return [Recording(f"{name}-{p}", first + p, recipe.ladder_episodes, "ladder", p) for p in CALIBRATION[name]]
 
 
 def model_config(recipe: Recipe, spec: Spec, **changes: object) -> WorldModelConfig:
+    """A recipe's model for the spaces of ``spec``; changes: over the recipe's own settings."""
     sizes = {"obs_dim": spec.observation_box.shape[0], "action_dim": spec.action_box.shape[0]}
     return WorldModelConfig.from_dict({**sizes, **recipe.model, **changes})
 
 
 def measure_errors(model: Dynamics, data: TaskData, episodes: Episodes, behaviour: str = "mixed") -> dict[str, Any]:
-    """Open-loop NRMSE over the held-out trajectories that last so long, and over those of each "mixed" behaviour."""
+    """Open-loop NRMSE over the trajectories of at least 64 steps, and over those of each "mixed" behaviour."""
     long_enough = episodes.left[episodes.starts()] >= CONTEXT + 64 - 1
     whole = open_loop(model, episodes, data.std, trajectories=int(long_enough.sum()))
     parts = {"all": slice(None)}
@@ -218,8 +229,8 @@ def build(name: str, out: Path) -> WorldModel:
         }
         | ({"policy_seed": 0} if recipe.behaviour == "ladder" else {}),
         "other_data": [
-            *(collect_command(recipe, *_splits(recipe)[split]) for split in ("validation", "test")),
-            *(collect_command(recipe, *about) for name in _sets(recipe) for about in _ladders(recipe, name)),
+            *(collect_command(recipe, *recording) for recording in _splits(recipe) if recording.split != "train"),
+            *(collect_command(recipe, *recording) for name in _sets(recipe) for recording in _ladders(recipe, name)),
         ],
         "fit": model.card["fit"],
         "errors": {
@@ -239,8 +250,8 @@ def build(name: str, out: Path) -> WorldModel:
 def calibrate(recipe: Recipe, model: WorldModel, task: TaskData) -> None:
     """Calibrate a recipe's model in place, and put on its card how often the bound held on fresh episodes."""
     sets, name = calibration_sets(recipe), recipe.name
-    used = [f"{name}/{split}-v0" for split, *_ in _ladders(recipe, "calibration")]
-    calibrate_model(model, task.train, sets.pop("calibration"), used)
+    datasets = [f"{name}/{recording.split}-v0" for recording in _ladders(recipe, "calibration")]
+    calibrate_model(model, task.train, sets.pop("calibration"), datasets)
     assert model.trust is not None
     model.card["trust"] |= {
         "what": "the 90% bound on fresh episodes, of the policies that the widths were measured on (second) and of "
@@ -254,6 +265,7 @@ def calibrate(recipe: Recipe, model: WorldModel, task: TaskData) -> None:
 
 
 def collect_command(recipe: Recipe, split: str, seed: int, episodes: int, behaviour: str, policy_seed: int = 0) -> str:
+    """The command that records the same as ``collect_split``."""
     return (
         f"kairos collect {recipe.env} {recipe.name}/{split}-v0 --seed {seed} --episodes {episodes} "
         f"--episode-steps {recipe.episode_steps} --behaviour {behaviour}"
@@ -262,8 +274,8 @@ def collect_command(recipe: Recipe, split: str, seed: int, episodes: int, behavi
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # what the cards say
-    for wanted in sys.argv[1:] or list(RECIPES):
-        if wanted not in RECIPES:
-            sys.exit(f"no recipe {wanted!r}; there are {', '.join(RECIPES)}")
-        card = build(wanted, ZOO / wanted).card
-        print(wanted, card["errors"]["test"], card["trust"])
+    for name in sys.argv[1:] or list(RECIPES):
+        if name not in RECIPES:
+            sys.exit(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+        card = build(name, ZOO / name).card
+        print(name, card["errors"]["test"], card["trust"])
