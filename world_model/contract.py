@@ -1,4 +1,4 @@
-"""The contract: the verbs that a world model, a baseline or a simulator offers to an env or a planner."""
+"""The contract: the methods that a world model, a baseline or a simulator offers to an env or a planner."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ cost, or whether the episode ends there. In torch, or in numpy where the caller 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a ``Dynamics`` takes and gives: the simulator's own spaces, for a single step.
+    """The inputs and outputs of a ``Dynamics``: the simulator's own spaces, for a single step.
 
-    Observations are a Box of real numbers, or a Dict of such; actions a Box or Discrete. A ``Dynamics`` has them as
-    vectors [O] and [A] (see ``world_model.spaces``), whose bounds are ``observation_box`` and ``action_box``.
-    ``chunk`` is the longest K that one ``imagine`` call takes; any K from 1 to ``chunk`` is allowed.
-    ``dt`` is the simulated time of one step, in seconds.
+    Observations are a Box of real numbers, or a Dict of such Boxes; actions are a Box of real numbers or Discrete.
+    Other spaces raise ValueError. A ``Dynamics`` sees both as vectors [O] and [A] (``world_model.spaces``), whose
+    bounds are ``observation_box`` and ``action_box``. ``chunk`` is the longest K that one ``imagine`` call takes; any K
+    from 1 to ``chunk`` is allowed. ``dt`` is the simulated time of one step, in seconds.
     """
 
     observation_space: spaces.Space
@@ -60,7 +60,7 @@ class Spec:
 
     @cached_property
     def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The bounds of ``action_box``, low [A] and high [A], as the float32 that lie within them."""
+        """The bounds of ``action_box``, low [A] and high [A], rounded inwards to float32."""
         space = self.action_box
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)
         # A float64 bound may round to a float32 just outside of it.
@@ -75,24 +75,24 @@ def _is_real(space: spaces.Space) -> bool:
 
 
 class Imagined(NamedTuple):
-    """What one chunk gives back. ``obs`` is None where ``decode=False`` was asked for and nothing needed it.
+    """The result of imagining one chunk. ``obs`` is None where ``decode=False`` was passed and nothing needed it.
 
-    ``terminated[b, k]`` says that the episode ends with inner step k. Steps after the first True are
-    meaningless: whoever sums rewards stops there. The tensors may share memory with a state or with each other, so
-    nobody changes them in place.
+    ``terminated[b, k]`` says that the episode ends with inner step k. Steps after the first True are meaningless: a sum
+    of rewards ends with that step. The tensors may share memory with a state or with each other, so they must not be
+    changed in place.
     """
 
     obs: Tensor | None  # [B,K,O]
     reward: Tensor  # [B,K]
     terminated: Tensor  # [B,K] bool
-    cost: Tensor | None = None  # [B,K], already part of the reward: what an objective with a reward of its own owes too
+    cost: Tensor | None = None  # [B,K], already subtracted from reward; to be subtracted from any other reward too
 
 
 @runtime_checkable
 class State(Protocol):
-    """Everything a dream remembers, for B dreams, in a number of bytes that does not depend on their age.
+    """The whole memory of B dreams, in a number of bytes that does not depend on their age.
 
-    Immutable: every verb returns a new State and leaves the old one usable, so keeping a reference is a snapshot.
+    Immutable: every method returns a new State and leaves the old one usable, so keeping a reference is a snapshot.
     """
 
     @property
@@ -113,38 +113,36 @@ class State(Protocol):
         ...
 
     def put(self, rows: Tensor, other: Any) -> State:
-        """The dreams at ``rows`` (int64 [R], each once) exchanged for the R of ``other`` -> State with the same B."""
+        """Replace the dreams at ``rows`` (int64 [R], no repeats) by the R of ``other`` -> State with the same B."""
         ...
 
     def detach(self) -> State:
-        """The same dreams without the gradient that led to them."""
+        """The same dreams, cut from the graph that autograd recorded."""
         ...
 
     def to_bytes(self) -> bytes: ...
 
     @classmethod
     def from_bytes(cls, blob: bytes, device: Any = "cpu") -> State:
-        """The state that ``to_bytes`` gave. Raises ValueError where ``blob`` is none."""
+        """The state that ``to_bytes`` saved. Raises ValueError where ``blob`` is no saved state."""
         ...
 
 
 class Dynamics(Protocol):
-    """A learned model or a real simulator behind the same verbs. Owns weights, never a state.
-
-    A model that proposes actions of its own will do so from its action tokens; none does yet, so no verb asks for it.
+    """A learned model or a real simulator behind the same methods. It owns weights, never a state.
 
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
     ``spec.action_box``, observations in those of ``spec.observation_box``. A Dynamics may also have ``starts``, real
-    windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` that says
-    what made it, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.ConformalBound``) that bounds
-    its error.
+    windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` (dict) on how
+    it was made, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.trust.ConformalBound``), the bound
+    on its error.
     """
 
     @property
     def spec(self) -> Spec: ...
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> Any:
-        """B fresh dreams that know nothing yet -> State.
+        """B dreams that have observed nothing yet -> State.
 
         seeds: int64 [B], each dream's own noise seed (zeros where None). A dream is a pure function of the weights,
         its start, its actions in their chunks and its seed: up to rounding, the same alone or in any row of any batch.
@@ -152,24 +150,24 @@ class Dynamics(Protocol):
         ...
 
     def observe(self, state: Any, obs: Tensor, actions: Tensor | None = None) -> Any:
-        """Evidence in: obs [B,T,O] and the actions that led to each of them [B,T,A] -> State.
+        """Take in real frames: obs [B,T,O] and the actions that led to each of them [B,T,A] -> State.
 
-        A dream's very first frame has no action before it: whatever stands there is ignored, and ``actions`` may be
-        None when that frame (T=1) is all there is.
+        A dream's very first frame has no action before it: the one given for it is ignored, and ``actions`` may be None
+        where that frame is the only one (T=1).
         """
         ...
 
     def imagine(self, state: Any, actions: Tensor, *, decode: bool = True) -> tuple[Any, Imagined]:
-        """Play actions [B,K,A] (1 <= K <= spec.chunk) -> (State after the chunk, Imagined)."""
+        """Dream the steps that actions [B,K,A] lead to, 1 <= K <= spec.chunk -> (State after the chunk, Imagined)."""
         ...
 
 
 @runtime_checkable
 class ExactDynamics(Protocol):
-    """A ``Dynamics`` that goes on from a real simulator's exact state, which its observations may not show whole."""
+    """A ``Dynamics`` that starts from a real simulator's exact state, of which observations may show only a part."""
 
     def capture(self, env: Env) -> Any:
-        """The state of a live real env -> State with B=1."""
+        """The present state of a real env -> State with B=1."""
         ...
 
     def at(self, simulator: Tensor) -> Any:

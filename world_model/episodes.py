@@ -1,4 +1,4 @@
-"""Recorded experience (Minari) cut into training windows."""
+"""Recorded episodes, such as Minari's, and the windows of them that training and dreams start from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from world_model.spaces import flatten
 
 @dataclass(frozen=True)
 class Episodes:
-    """All frames of all episodes in a row; frame t holds obs_t and what led to it.
+    """All frames of all episodes, one after another; frame t holds obs_t and the step that led to it.
 
-    obs [F,O], action [F,A] (zero at an episode's first frame), reward [F], terminated [F] bool,
-    index [F]: how many frames of its episode come before, left [F]: how many come after. float32 but for the last two.
+    obs [F,O], action [F,A] (zero at an episode's first frame), reward [F], all float32; terminated [F], bool; int64
+    index [F] and left [F]: how many frames of the same episode come before and after.
     """
 
     obs: Tensor
@@ -33,9 +33,10 @@ class Episodes:
 
     @classmethod
     def stack(cls, episodes: Iterable[tuple[Any, Any, Any, Any]]) -> Episodes:
-        """From (observations [T+1,O], actions [T,A], rewards [T], terminated [T]) an episode.
+        """Join episodes, each (observations [T+1,O], actions [T,A], rewards [T], terminated [T]).
 
-        Raises ValueError on an episode with no rewards, mismatched lengths or numbers that are not finite.
+        Raises ValueError where there is no episode, or one has a missing part, lengths that don't fit, or numbers that
+        are not finite in float32.
         """
         parts: list[tuple[np.ndarray, ...]] = []
         for number, episode in enumerate(episodes):
@@ -59,9 +60,9 @@ class Episodes:
                     f"episode {number}: expected observations [T+1,O], actions [T,A], rewards [T], terminated [T], "
                     f"O and A as in the first episode, got {obs.shape}, {action.shape}, {reward.shape}, {ended.shape}"
                 )
-            led = np.concatenate([np.zeros_like(action, shape=(1, action.shape[1])), action])
-            before = np.arange(steps + 1)
-            parts.append((obs, led, np.r_[np.float32(0), reward], np.r_[False, ended > 0], before, before[::-1]))
+            action = np.concatenate([np.zeros_like(action, shape=(1, action.shape[1])), action])
+            index = np.arange(steps + 1)
+            parts.append((obs, action, np.r_[np.float32(0), reward], np.r_[False, ended > 0], index, index[::-1]))
         if not parts:
             raise ValueError("no episodes: collect some first (kairos collect)")
         obs, action, reward, ended, index, left = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -82,66 +83,69 @@ class Episodes:
 
     @classmethod
     def join(cls, parts: Sequence[Episodes]) -> Episodes:
-        """All episodes of ``parts``, in their order. Raises ValueError where there are none, or O and A differ."""
+        """All episodes of ``parts``, in their order. Raises ValueError where ``parts`` is empty, or O or A differ."""
         if not parts or len({(part.obs.shape[1], part.action.shape[1]) for part in parts}) != 1:
             raise ValueError(f"expected episodes of one kind, got {[list(part.obs.shape) for part in parts]}")
         return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
     def pick(self, which: Callable[[int], bool]) -> Episodes:
-        """The episodes whose number ``which`` says."""
+        """The episodes for whose number ``which`` returns True."""
         number = (self.index == 0).cumsum(0) - 1
         chosen = torch.tensor([which(e) for e in range(len(self.starts()))], dtype=torch.bool)
         return Episodes(*(column[chosen[number]] for column in vars(self).values()))
 
     def fingerprint(self) -> str:
-        """A short digest: equal for equal data."""
+        """A short digest of the data: equal for equal episodes."""
         digest = hashlib.sha256()
         for tensor in (self.obs, self.action, self.reward, self.terminated, self.index):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def shared(self, other: Episodes) -> Tensor:
-        """Which frames of ``other`` end a step (from, action, to) that is, to the last bit, among these -> bool [F]."""
+        """For each frame of ``other``: whether these episodes contain the very step that led to it -> bool [F].
+
+        A step is (observation, action, next observation), compared bit by bit.
+        """
 
         def steps(episodes: Episodes) -> tuple[np.ndarray, Tensor]:
             at = (episodes.index > 0).nonzero()[:, 0]
             rows = torch.cat([episodes.steps(), episodes.obs[at]], 1).contiguous().numpy()
             return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0], at
 
-        (known, _), (asked, at) = steps(self), steps(other)
-        found = torch.zeros(len(other.obs), dtype=torch.bool)
-        found[at] = torch.from_numpy(np.isin(asked, known))
-        return found
+        (own, _), (others, at) = steps(self), steps(other)
+        result = torch.zeros(len(other.obs), dtype=torch.bool)
+        result[at] = torch.from_numpy(np.isin(others, own))
+        return result
 
     def known_steps(self, other: Episodes) -> Tensor:
-        """How many steps of each episode of ``other`` are among these -> float [E]."""
+        """For each episode of ``other``: how many of its steps these episodes contain -> float [E]."""
         number = (other.index == 0).cumsum(0) - 1
         return torch.zeros(len(other.starts())).index_add(0, number, self.shared(other).float())
 
     def holds(self, other: Episodes) -> Tensor:
-        """Which episodes of ``other`` are, step by step, among these -> bool [E]; never one without a step."""
+        """For each episode of ``other``: whether these contain all of its steps -> bool [E]; False without steps."""
         length = other.left[other.starts()]
         return (self.known_steps(other) == length) & (length > 0)
 
     def cut(self, steps: int) -> Episodes:
-        """Only the first ``steps`` steps of every episode."""
+        """The first ``steps`` steps of every episode."""
         keep = self.index <= steps
         left = torch.minimum(self.left, steps - self.index)
         return Episodes(*(x[keep] for x in (self.obs, self.action, self.reward, self.terminated, self.index, left)))
 
     def steps(self) -> Tensor:
-        """What every step began at and played, [S,O+A]."""
+        """The observation and the action of every step, [S,O+A]."""
         at = (self.index > 0).nonzero()[:, 0]
         return torch.cat([self.obs[at - 1], self.action[at]], 1)
 
     def starts(self) -> Tensor:
-        """The frames that episodes begin at, int64."""
+        """The index of each episode's first frame, int64 [E]."""
         return (self.index == 0).nonzero()[:, 0]
 
     def windows(self, at: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Windows of ``frames`` frames from frames ``at`` [B] -> obs, action, reward, terminated, valid: [B,T,...].
 
-        A window that outlasts its episode repeats the last frame, with valid False there.
+        Beyond the end of its episode a window repeats the last frame, with valid False.
         """
         rows = at[:, None] + torch.arange(frames)
         end = (at + self.left[at])[:, None]
@@ -151,15 +155,15 @@ class Episodes:
 
 
 class StartStates(NamedTuple):
-    """Real windows that dreams begin from."""
+    """S real windows of T frames, which dreams start from."""
 
     obs: Tensor  # [S,T,O]
-    actions: Tensor  # [S,T,A], those that led to each observation
+    actions: Tensor  # [S,T,A], the actions that led to each observation
 
 
 def spec_of(env: gym.Env, chunk: int) -> Spec:
-    """The ``Spec`` of a simulator: its spaces, and its time step where it tells one (else 1).
+    """The ``Spec`` of a simulator: its spaces, and its attribute ``dt`` in seconds (1 where it has none).
 
-    Raises ValueError on spaces that ``Spec`` doesn't take.
+    Raises ValueError on spaces that ``Spec`` doesn't accept.
     """
     return Spec(env.observation_space, env.action_space, chunk, float(getattr(env.unwrapped, "dt", 1.0)))

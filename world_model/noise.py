@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-# splitmix64 (Steele, Lea, Flood 2014). Written as signed 64-bit integers, whose products wrap as the unsigned do.
+# splitmix64 (https://doi.org/10.1145/2660193.2660195), in signed 64-bit integers, whose products wrap as unsigned do.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """A logical right shift: torch's own keeps the sign."""
+    """A logical right shift; torch's own copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -33,8 +33,8 @@ def bits(seed: Tensor, step: Tensor) -> Tensor:
 def normal(seed: Tensor, step: Tensor, size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise, ``size`` numbers for each (seed, step) pair -> [..., size].
 
-    seed, step: int64 of one shape [...]; equal pairs give equal numbers, whatever stands around them. Each number
-    comes from its own counter by splitmix64 and Box-Muller, so it also doesn't depend on ``size``.
+    seed, step: int64 of one shape [...]. Equal pairs give equal numbers, whatever the other pairs are. Each number
+    comes from its own counter by splitmix64 and Box-Muller, so it doesn't depend on ``size`` either.
     """
     index = torch.arange(size, device=seed.device)
     key = _mix(_mix(_mix(seed) + step)[..., None] + index)

@@ -1,4 +1,4 @@
-"""Spaces of people as the flat vectors of a model, and back, over any leading dimensions."""
+"""Gymnasium spaces as the flat vectors of a model, and back; what an action of a space must be."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 
 def flat_box(space: spaces.Space) -> spaces.Box:
-    """The Box [n] of ``space`` as a vector: a Box unrolled, a Discrete as one-hot, a Dict's parts in its order."""
+    """``space`` as a Box [n]: a Box flattened, a Discrete one-hot, a Dict's parts concatenated in its order."""
     box = spaces.utils.flatten_space(space)
     assert isinstance(box, spaces.Box)
     return box
 
 
 def alike(one: spaces.Space, other: spaces.Space) -> bool:
-    """Whether two spaces are of one kind, part by part, and as large; their bounds may differ."""
+    """Whether two spaces have the same kinds of parts and the same shapes; their bounds may differ."""
     if isinstance(one, spaces.Dict) and isinstance(other, spaces.Dict):
         return list(one) == list(other) and all(map(alike, one.values(), other.values()))
     if isinstance(one, spaces.Discrete) and isinstance(other, spaces.Discrete):
@@ -26,32 +26,32 @@ def alike(one: spaces.Space, other: spaces.Space) -> bool:
 
 
 def flatten(space: spaces.Space, values: Any) -> NDArray[Any]:
-    """Elements of ``space``, stacked along any leading dimensions [...] -> [...,n].
+    """Elements of ``space``, stacked along any leading dimensions [...] -> vectors [...,n].
 
-    Raises ValueError, or KeyError for a missing part, where ``values`` don't have the space's structure.
+    Raises ValueError for another shape, KeyError for a missing part of a Dict.
     """
     if isinstance(space, spaces.Dict):
         return np.concatenate([flatten(part, values[key]) for key, part in space.items()], -1)
-    given = np.asarray(values)
+    array = np.asarray(values)
     if isinstance(space, spaces.Discrete):
-        return (given[..., None] == np.arange(space.start, space.start + space.n)).astype(np.float32)
+        return (array[..., None] == np.arange(space.start, space.start + space.n)).astype(np.float32)
     assert isinstance(space, spaces.Box)
-    lead = given.ndim - len(space.shape)
-    if lead < 0 or given.shape[lead:] != space.shape:
-        raise ValueError(f"expected the shape [...,{','.join(map(str, space.shape))}], got {list(given.shape)}")
-    return given.reshape(*given.shape[:lead], space.low.size)
+    lead = array.ndim - len(space.shape)
+    if lead < 0 or array.shape[lead:] != space.shape:
+        raise ValueError(f"expected the shape [...,{','.join(map(str, space.shape))}], got {list(array.shape)}")
+    return array.reshape(*array.shape[:lead], space.low.size)
 
 
 def unflatten(space: spaces.Space, flat: Any) -> Any:
     """A numpy array or a tensor [...,n] -> elements of ``space``, stacked along the leading dimensions [...].
 
-    The numbers keep their dtype, but for a Discrete's, which is the largest of its n.
+    The dtype stays, except for a Discrete: the largest of its n numbers decides which integer it is.
     """
     if isinstance(space, spaces.Dict):
-        parts, begin = {}, 0
+        parts, start = {}, 0
         for key, part in space.items():
-            end = begin + spaces.utils.flatdim(part)
-            parts[key], begin = unflatten(part, flat[..., begin:end]), end
+            end = start + spaces.utils.flatdim(part)
+            parts[key], start = unflatten(part, flat[..., start:end]), end
         return parts
     if isinstance(space, spaces.Discrete):
         return flat.argmax(-1) + int(space.start)
@@ -60,7 +60,7 @@ def unflatten(space: spaces.Space, flat: Any) -> Any:
 
 
 def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
-    """The space of ``chunk`` actions in a row: of Box [...] a Box [K,...], of Discrete a MultiDiscrete [K]."""
+    """The space of K = ``chunk`` actions in a row: Box [K,...] for Box [...], MultiDiscrete [K] for Discrete."""
     if isinstance(space, spaces.Discrete):
         return spaces.MultiDiscrete([space.n] * chunk, start=[space.start] * chunk)
     assert isinstance(space, spaces.Box)
@@ -69,7 +69,7 @@ def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
 
 
 def space_to_json(space: spaces.Space) -> dict[str, Any]:
-    """A space with its exact bounds; None stands for no bound, since JSON has no infinity."""
+    """A space with its exact bounds; an infinite one is None, since JSON has no infinity."""
     if isinstance(space, spaces.Dict):
         return {"parts": {key: space_to_json(part) for key, part in space.items()}}
     if isinstance(space, spaces.Discrete):
@@ -80,7 +80,7 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
 
 
 def space_from_json(facts: dict[str, Any]) -> spaces.Space:
-    """The space that ``space_to_json`` described."""
+    """Inverse of ``space_to_json``."""
     if "parts" in facts:
         return spaces.Dict({key: space_from_json(part) for key, part in facts["parts"].items()})
     if "n" in facts:
@@ -92,11 +92,11 @@ def space_from_json(facts: dict[str, Any]) -> spaces.Space:
 
 
 class ActionCheck:
-    """What an action of ``space`` has to be: a Box of real numbers, or a Discrete, a MultiDiscrete or a batch of them.
+    """Checks actions of ``space``: a Box of real numbers, a Discrete or a MultiDiscrete.
 
-    Called with an action it gives an array of the space's dtype. Nothing but rounding errors is clipped: it raises
-    TypeError for what isn't made of real (or whole) numbers, ValueError for a wrong shape, a NaN or infinity, and one
-    out of range.
+    Calling it with an action returns an array of the space's dtype. Only overshoot by rounding errors is clipped: it
+    raises TypeError for anything but real (or whole) numbers, and ValueError for a wrong shape, NaN, infinity or a
+    number out of range.
     """
 
     def __init__(self, space: spaces.Space):
@@ -110,28 +110,28 @@ class ActionCheck:
             low, high = space.low, space.high
         assert self.dtype is not None
         self.real = self.dtype.kind == "f"
-        if self.real:  # so that an infinity is out of range too
-            most = np.finfo(self.dtype).max
-            low, high = np.maximum(low, -most), np.minimum(high, most)
+        if self.real:  # finite bounds, so that infinity is out of range too
+            largest = np.finfo(self.dtype).max
+            low, high = np.maximum(low, -largest), np.minimum(high, largest)
         self.low, self.high = np.broadcast_arrays(low, high)
 
     def __call__(self, action: Any) -> NDArray[Any]:
-        given = played = np.asarray(action)
+        given = checked = np.asarray(action)
         if given.dtype is not self.dtype:
             if given.dtype.kind not in ("fiu" if self.real else "iu"):
                 kind = "real" if self.real else "whole"
                 form = f"{self.dtype} {self.shape}"
                 raise TypeError(f"actions must be {kind} numbers, {form}, got {given.dtype}: {action!r}")
             with np.errstate(over="ignore"):
-                # Before it is compared: 1 + 1e-12 in float64 is no other action than 1.
-                played = given.astype(self.dtype)
+                # Cast before the comparison: 1 + 1e-12 in float64 is the same action as 1.
+                checked = given.astype(self.dtype)
         if given.shape != self.shape:
             raise ValueError(f"actions must have the shape {self.shape} of the action space, got {given.shape}")
-        good = np.minimum(np.maximum(played, self.low), self.high) == played  # NaN is nobody's equal
+        good = np.minimum(np.maximum(checked, self.low), self.high) == checked  # False for NaN
         if np.count_nonzero(good) < good.size:
-            near = self._within_rounding(played)
-            if near is not None:
-                return near
+            clipped = self._within_rounding(checked)
+            if clipped is not None:
+                return clipped
             at = tuple(int(i) for i in np.argwhere(~good)[0])
             value = given[at]
             if not np.isfinite(value):
@@ -140,14 +140,14 @@ class ActionCheck:
                 f"action {value} at {at} is outside [{self.low[at]}, {self.high[at]}]: clip or rescale actions to the "
                 "action space before the step"
             )
-        return played
+        return checked
 
-    def _within_rounding(self, played: NDArray[Any]) -> NDArray[Any] | None:
-        """The action on its bounds where it overshoots them by no more than rescaling it rounds off, else None."""
-        if not self.real or not np.isfinite(played).all():
+    def _within_rounding(self, action: NDArray[Any]) -> NDArray[Any] | None:
+        """The action clipped to its bounds if it overshoots them by no more than rescaling rounds off, else None."""
+        if not self.real or not np.isfinite(action).all():
             return None
         assert self.dtype is not None
         size, info = np.maximum(np.abs(self.low), np.abs(self.high)), np.finfo(self.dtype)
         slack = 4 * info.eps * np.where(size < info.max, size, 0)
-        near = ((played >= self.low - slack) & (played <= self.high + slack)).all()
-        return np.minimum(np.maximum(played, self.low), self.high) if near else None
+        near = ((action >= self.low - slack) & (action <= self.high + slack)).all()
+        return np.minimum(np.maximum(action, self.low), self.high) if near else None

@@ -13,8 +13,8 @@ from torch import Tensor
 class LatentState:
     """Named tensors, each [B, ...], read-only by convention: every operation makes a new state.
 
-    The same class carries a model's memory and a simulator's (qpos, qvel, ...): nothing here knows what the
-    tensors mean, so a fork is an index and a snapshot is a copy.
+    The same class holds a model's memory and a simulator's (qpos, qvel, ...); nothing here depends on what the tensors
+    mean. Tensors without a common batch dimension raise ValueError.
     """
 
     __slots__ = ("__weakref__", "tensors")
@@ -51,7 +51,7 @@ class LatentState:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def replace(self, **tensors: Tensor) -> LatentState:
-        """The same state with some tensors exchanged."""
+        """The same state with some tensors replaced."""
         return LatentState({**self.tensors, **tensors})
 
     def select(self, rows: Tensor) -> LatentState:
@@ -63,20 +63,20 @@ class LatentState:
         return LatentState({name: t.repeat_interleave(n, dim=0) for name, t in self.tensors.items()})
 
     def put(self, rows: Tensor, other: LatentState) -> LatentState:
-        """The dreams at ``rows``, int64 [R], each once, exchanged for the R dreams of ``other``."""
+        """Replace the dreams at ``rows``, int64 [R], no repeats, by the R dreams of ``other`` -> LatentState."""
         return LatentState({name: t.index_copy(0, rows.to(t.device), other[name]) for name, t in self.tensors.items()})
 
     def detach(self) -> LatentState:
-        """The same state without the gradient that led to it."""
+        """The same state, cut from the graph that autograd recorded."""
         return LatentState({name: t.detach() for name, t in self.tensors.items()})
 
     def to_bytes(self) -> bytes:
-        """A self-contained safetensors blob; ``from_bytes`` gives the state back bit for bit."""
+        """A self-contained safetensors blob, from which ``from_bytes`` restores the state bit for bit."""
         return save({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()})
 
     @classmethod
     def from_bytes(cls, blob: bytes, device: torch.device | str = "cpu") -> LatentState:
-        """Raises ValueError where ``blob`` is cut short or no state at all."""
+        """Restore what ``to_bytes`` saved. Raises ValueError where ``blob`` is truncated or no state at all."""
         try:
             return cls({name: t.to(device) for name, t in load(blob).items()})
         except Exception as error:

@@ -6,9 +6,9 @@ error / u among held-out dreams of h steps. The network decides only how sharp t
 the quantiles, for dreams like those they were taken from: new draws of the same kind of episodes and actions. (Windows
 of one episode count as independent draws, which they are not quite.)
 
-The network sees where a step begins, what is played, and how far both lie from the nearest of some steps that the model
-was trained on. Without that distance it would take the calibration's policies for the world, and be sure where it knows
-nothing.
+The network's inputs are a step's observation and action, and their distance from the nearest of some steps that the
+model was trained on. Without that distance it would learn what the calibration's policies do, and underestimate the
+error where no data are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIN_DISTANCE = 0.05  # smaller distances are mostly rounding
 INPUT_NOISE = 0.3  # std, added to the inputs in training, so that the network doesn't memorise policies
 INPUT_CLIP = 5.0  # std
 MAX_UNCERTAINTY = 2.0  # two unrelated states are about 1.4 apart
-QUANTILE = 0.9  # of the error, which the network learns to predict: the confidence that most will ask for
+QUANTILE = 0.9  # of the error, which the network learns to predict: the usual confidence
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ConformalBound:
 
     model: Tensor  # uint8 [n], the fingerprint of the weights that it was calibrated with
     mean: Tensor  # [O+A], of the observations and actions that the model was trained on
-    unit: Tensor  # [O+A], 1 / their std; 0 for what never moves
+    unit: Tensor  # [O+A], 1 / their std; 0 for dimensions that are constant
     reference: Tensor  # [R,O+A], some of them, in these units
     in_weight: Tensor  # [O+A+1,D]
     in_bias: Tensor  # [D]
@@ -51,7 +51,7 @@ class ConformalBound:
     out_bias: Tensor
     initial_log: Tensor  # [2], log of u before the first step: after one real frame, and after more
     quantiles: Tensor  # [2,Q,H] of error / u, dreamed step by step and in the longest chunks; infinite where too few
-    counts: Tensor  # int64 [H], how many dreams lived that long
+    counts: Tensor  # int64 [H], how many dreams lasted that long
 
     # The logarithms of growth and injection lie within centre +- reach, so u changes by at most e^0.5 a step.
     centre: ClassVar[Tensor] = torch.tensor([0.0, -8.0])
@@ -59,11 +59,11 @@ class ConformalBound:
 
     @property
     def horizon(self) -> int:
-        """H, the longest dream that was calibrated."""
+        """H, the length in steps of the longest dream that was calibrated."""
         return self.quantiles.shape[-1]
 
     def check_confidence(self, confidence: float) -> None:
-        """Raises ValueError for a ``confidence`` that this calibration can't give even after one step."""
+        """Raises ValueError for a ``confidence`` that this calibration has too few dreams for, even after one step."""
         if not 0.5 <= confidence <= 0.995:
             raise ValueError(f"confidence must be 0.5 to 0.995, got {confidence}")
         if not bool(self.quantile(confidence)[0].isfinite()):
@@ -73,7 +73,7 @@ class ConformalBound:
             )
 
     def initial(self, seen: Tensor) -> Tensor:
-        """The uncertainty of B dreams that have just observed so many real frames, int64 [B] -> [B]."""
+        """The uncertainty of B dreams that have just observed ``seen`` real frames, int64 [B] -> [B]."""
         return self.initial_log[seen.clamp_max(2) - 1].exp()
 
     def propagate(self, uncertainty: Any, before: Any, actions: Any) -> Any:
@@ -82,7 +82,7 @@ class ConformalBound:
         Arguments are all tensors, or all numpy arrays, which is faster for few dreams.
         """
         xp, own = (torch, self) if isinstance(uncertainty, Tensor) else (np, self._in_numpy)
-        return _grow(xp, own, uncertainty, _seen(xp, own, xp.concatenate([before, actions], -1)))
+        return _grow(xp, own, uncertainty, _inputs(xp, own, xp.concatenate([before, actions], -1)))
 
     def distance(self, before: Tensor, actions: Tensor) -> Tensor:
         """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest reference step -> [B,K].
@@ -90,19 +90,19 @@ class ConformalBound:
         The RMS over observations and actions, each over its std in the training data.
         """
         raw = torch.cat([before, actions], -1)
-        return (_apart(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
+        return (_normalise(torch, self, raw)[1].clamp_min(0) / raw.shape[-1]).sqrt().view(raw.shape[:-1])
 
     def transfer(self, fingerprint: str, reference: Tensor, *, seed: int = 0) -> ConformalBound:
-        """The same network for another model, trained on the steps ``reference`` [S,O+A] -> Trust.
+        """The same network for another model, trained on the steps ``reference`` [S,O+A] -> ConformalBound.
 
         The quantiles hold for that model as long as it is no worse than the one they were measured with.
         """
-        some = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
-        return replace(self, model=_as_bytes(fingerprint), reference=(reference[some] - self.mean) * self.unit)
+        rows = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:REFERENCES]
+        return replace(self, model=_as_bytes(fingerprint), reference=(reference[rows] - self.mean) * self.unit)
 
     @cached_property
     def toward(self) -> Tensor:
-        """[O+A,R], and with ``square`` what the distance from ``reference`` is made of."""
+        """-2 ``reference``^T [O+A,R]: |x - r|^2 = |x|^2 + x . toward + square."""
         return (-2 * self.reference.T).contiguous()
 
     @cached_property
@@ -121,64 +121,64 @@ class ConformalBound:
 
         chunk: how many steps are dreamed at once.
         """
-        level = min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)  # the first that is enough
+        level = min(math.ceil(200 * confidence - 1e-6) - 100, len(LEVELS) - 1)  # the lowest that suffices
         single, longest = self.quantiles[:, level]
         return torch.cat([single if chunk == 1 else torch.maximum(single, longest), torch.full((1,), torch.inf)])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, as a checkpoint keeps it."""
+        """All fields by name, as a checkpoint stores them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def load(cls, path: Path) -> ConformalBound:
-        """Raises ValueError where the file is damaged."""
+        """Read a safetensors file. Raises ValueError where it is damaged."""
         try:
-            found = cls(**load_file(path))
-            if not all(bool(t.isfinite().all()) for name, t in found.tensors().items() if name != "quantiles"):
+            bound = cls(**load_file(path))
+            if not all(bool(t.isfinite().all()) for name, t in bound.tensors().items() if name != "quantiles"):
                 raise ValueError("it holds numbers that are not finite")
         except Exception as error:
             raise ValueError(f"{path} is damaged or from another version: {error}") from error
-        return found
+        return bound
 
 
-# What follows runs at every step of an env, so its operations are few; ``xp`` is torch or numpy.
+# These three run at every step of an env, so they use few operations; ``xp`` is torch or numpy.
 
 
-def _apart(xp: Any, own: Any, raw: Any) -> tuple[Any, Any]:
-    """Observations and actions [B,K,O+A] -> the same in std [B*K,O+A], and the least |x - reference|^2 [B*K]."""
+def _normalise(xp: Any, own: Any, raw: Any) -> tuple[Any, Any]:
+    """Observations and actions [B,K,O+A] -> the same over their std, x [B*K,O+A], and min |x - reference|^2 [B*K]."""
     x = ((raw - own.mean) * own.unit).reshape(-1, raw.shape[-1])
     return x, xp.amin(x @ own.toward + own.square, 1) + (x * x).sum(-1)
 
 
-def _seen(xp: Any, own: Any, raw: Any) -> Any:
+def _inputs(xp: Any, own: Any, raw: Any) -> Any:
     """Observations and actions [B,K,O+A] -> the network's inputs, [B,K,O+A+1]."""
-    x, square = _apart(xp, own, raw)
-    far = 0.5 * xp.log(square.clip(MIN_DISTANCE**2, None))[:, None]
-    return xp.concatenate([x, far], 1).clip(-INPUT_CLIP, INPUT_CLIP).reshape(*raw.shape[:-1], -1)
+    x, square = _normalise(xp, own, raw)
+    log_distance = 0.5 * xp.log(square.clip(MIN_DISTANCE**2, None))[:, None]
+    return xp.concatenate([x, log_distance], 1).clip(-INPUT_CLIP, INPUT_CLIP).reshape(*raw.shape[:-1], -1)
 
 
-def _grow(xp: Any, own: Any, uncertainty: Any, seen: Any) -> Any:
-    """The uncertainty [B] along inputs [B,K,O+A+1] -> [B,K]."""
-    x = xp.tanh(seen @ own.in_weight + own.in_bias)
+def _grow(xp: Any, own: Any, uncertainty: Any, inputs: Any) -> Any:
+    """The uncertainty before K steps [B], and their inputs [B,K,O+A+1] -> after each step [B,K]."""
+    x = xp.tanh(inputs @ own.in_weight + own.in_bias)
     x = xp.tanh(x @ own.hidden_weight + own.hidden_bias)
     rates = xp.exp(own.centre + own.reach * xp.tanh(x @ own.out_weight + own.out_bias))
     after = []
-    for k in range(seen.shape[1]):
+    for k in range(inputs.shape[1]):
         uncertainty = (rates[:, k, 0] * uncertainty + rates[:, k, 1]).clip(None, MAX_UNCERTAINTY)
         after.append(uncertainty)
     return after[0][:, None] if len(after) == 1 else xp.stack(after, 1)
 
 
 class DreamErrors(NamedTuple):
-    """W dreams of H steps, as a ``ConformalBound`` sees them, and their errors."""
+    """W dreams of H steps and their errors, as ``ConformalBound`` is fitted to them."""
 
-    before: Tensor  # [W,H,O] the observation that each step began at: the first one real, the others dreamed
+    before: Tensor  # [W,H,O] the observation before each step: the first one real, the others dreamed
     actions: Tensor  # [W,H,A]
-    error: Tensor  # [W,H] NaN where the real episode had ended, infinite where the dream is no number any more
-    seen: Tensor  # int64 [W], real frames before
+    error: Tensor  # [W,H] NaN where the real episode had ended, infinite where the dream is not finite
+    seen: Tensor  # int64 [W], real frames observed before the dream
 
     def part(self, rows: Tensor | slice) -> DreamErrors:
-        """Some of the dreams."""
+        """The dreams at ``rows``."""
         return DreamErrors(*(x[rows] for x in self))
 
     def uncertainty(self, trust: ConformalBound) -> Tensor:
@@ -191,7 +191,7 @@ class DreamErrors(NamedTuple):
         return self.uncertainty(trust) * trust.quantile(confidence, chunk)[steps]
 
     def scores(self, trust: ConformalBound) -> Tensor:
-        """Error over uncertainty -> [W,H]; NaN where there is no error to speak of."""
+        """Error over uncertainty -> [W,H]; NaN where the error is."""
         score = (self.error / self.uncertainty(trust)).nan_to_num(torch.inf, torch.inf)
         return torch.where(self.error.isnan(), torch.nan, score)
 
@@ -206,14 +206,14 @@ def fit_bound(
     seed: int = 0,
     updates: int = 600,
 ) -> ConformalBound:
-    """Train the network on some dreams, and take the quantiles from others -> ConformalBound.
+    """Train the network on the dreams ``teaching``, and take the quantiles from others -> ConformalBound.
 
-    reference: [S,O+A], observations and actions of the training steps. single, longest: dreamed step by step, and in
-    the longest chunks.
+    fingerprint: of the model that dreamed. reference: [S,O+A], the steps that it was trained on. single, longest:
+    dreams step by step, and in the longest chunks.
     """
     generator = torch.Generator().manual_seed(seed)
     trust = _initial_bound(fingerprint, reference, teaching.error, generator)
-    inputs = _seen(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
+    inputs = _inputs(torch, trust, torch.cat([teaching.before, teaching.actions], -1).nan_to_num(0.0, 1e6, -1e6))
     _train_growth(trust, inputs, teaching.error, teaching.seen, generator, updates)
     (quantiles, counts), (chunked, _) = (conformal(dreams.scores(trust)) for dreams in (single, longest))
     return replace(trust, quantiles=torch.stack([quantiles, chunked]), counts=counts)
@@ -222,14 +222,14 @@ def fit_bound(
 def conformal(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [N,H], NaN where there is none -> their quantiles at LEVELS, [Q,H], and how many scores there are, [H].
 
-    The n scores' k-th smallest with k = ceil((n + 1) level): a fresh score lies at or below it with a chance of at
-    least that level. Infinite where k > n.
+    A quantile is the k-th smallest of n scores, k = ceil((n + 1) level): with a probability of at least that level a
+    new score lies at or below it (arXiv 2107.07511). Infinite where k > n.
     """
     counts = (~scores.isnan()).sum(0)
     ordered = scores.nan_to_num(torch.inf, torch.inf).sort(0).values
     k = torch.ceil((counts + 1) * LEVELS[:, None] - 1e-6).long()  # [Q,H]
-    found = ordered.gather(0, (k - 1).clamp(0, len(scores) - 1))
-    return torch.where(k > counts, torch.inf, found), counts
+    quantiles = ordered.gather(0, (k - 1).clamp(0, len(scores) - 1))
+    return torch.where(k > counts, torch.inf, quantiles), counts
 
 
 def _as_bytes(text: str) -> Tensor:
@@ -237,22 +237,22 @@ def _as_bytes(text: str) -> Tensor:
 
 
 def _initial_bound(fingerprint: str, reference: Tensor, error: Tensor, generator: torch.Generator) -> ConformalBound:
-    begin = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
+    initial = error[:, 0].nan_to_num(1.0, 1.0).clamp_min(1e-7).log().median()
     mean, std, inputs = reference.mean(0), reference.std(0), reference.shape[1]
     unit = torch.where(std > 1e-5, 1 / std.clamp_min(1e-5), 0.0)
-    some = torch.randperm(len(reference), generator=generator)[:REFERENCES]
+    rows = torch.randperm(len(reference), generator=generator)[:REFERENCES]
     return ConformalBound(
         _as_bytes(fingerprint),
         mean,
         unit,
-        (reference[some] - mean) * unit,
+        (reference[rows] - mean) * unit,
         torch.randn(inputs + 1, HIDDEN, generator=generator) / (inputs + 1) ** 0.5,
         torch.zeros(HIDDEN),
         torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5,
         torch.zeros(HIDDEN),
         0.1 * torch.randn(HIDDEN, 2, generator=generator) / HIDDEN**0.5,
         torch.zeros(2),
-        torch.stack([begin, begin]),
+        torch.stack([initial, initial]),
         torch.full((2, len(LEVELS), error.shape[1]), torch.inf),
         torch.zeros(error.shape[1], dtype=torch.int64),
     )
@@ -261,7 +261,7 @@ def _initial_bound(fingerprint: str, reference: Tensor, error: Tensor, generator
 def _train_growth(
     trust: ConformalBound, inputs: Tensor, error: Tensor, seen: Tensor, generator: torch.Generator, updates: int
 ) -> None:
-    """Train u after every step to be the 90% quantile of the error there: the pinball loss of logarithms."""
+    """Train u after every step to be the 90% quantile of the error: the pinball loss of their logarithms."""
     fixed = ("model", "mean", "unit", "reference", "quantiles", "counts")
     learned = [t for name, t in trust.tensors().items() if name not in fixed]
     for tensor in learned:
@@ -274,8 +274,8 @@ def _train_growth(
         rows = torch.randint(len(error), (128,), generator=generator)
         noise = INPUT_NOISE * torch.randn(len(rows), *inputs.shape[1:], generator=generator)
         uncertainty = _grow(torch, trust, trust.initial(seen[rows]), inputs[rows] + noise)
-        short = target[rows] - uncertainty.clamp_min(1e-12).log()
-        loss = torch.maximum(QUANTILE * short, (QUANTILE - 1) * short)
+        residual = target[rows] - uncertainty.clamp_min(1e-12).log()
+        loss = torch.maximum(QUANTILE * residual, (QUANTILE - 1) * residual)
         loss = (loss * valid[rows]).sum() / valid[rows].sum().clamp_min(1)
         optimiser.zero_grad()
         loss.backward()
