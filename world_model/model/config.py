@@ -1,4 +1,4 @@
-"""WorldModelConfig: every choice that shapes a world model, in one frozen dataclass."""
+"""WorldModelConfig: every setting that determines a world model's weights and shapes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ LAYER_KINDS = {"S": "sliding window", "D": "dilated sliding window", "G": "gated
 
 @dataclass(frozen=True)
 class WorldModelConfig:
-    """The shape of a world model; sizes are counts, ``window``, ``dilation`` and ``chunk`` are in frames.
+    """The settings of a world model; ``window``, ``dilation`` and ``chunk`` are in frames.
 
-    ``pattern`` is the layer mix, one letter a layer: S sliding window, D dilated sliding window, G gated delta rule
-    (Kairos, arXiv 2606.16533, repeats S,S,D,G). ``draft=False`` is the plain Kairos form: the transformer alone.
+    ``pattern`` has one letter a layer: S sliding window, D dilated sliding window, G gated delta rule
+    (Kairos, arXiv 2606.16533, repeats S,S,D,G). ``draft=False`` is the plain Kairos form: the transformer alone. Sizes
+    below 1 and unknown letters raise ValueError.
     """
 
     obs_dim: int  # O
@@ -31,7 +32,7 @@ class WorldModelConfig:
     dilation: int = 4  # D layers see the frames at t-d, t-2d, ..., t-taps*d
     taps: int = 4
     draft: bool = True
-    draft_frames: int = 1  # 2: the draft also sees how the last frame came about, for what one frame leaves ambiguous
+    draft_frames: int = 1  # 2: the draft also sees the last change, for tasks where one frame is ambiguous
     draft_width: int = 96
     draft_blocks: int = 3
 
@@ -54,7 +55,7 @@ class WorldModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WorldModelConfig:
-        """Raises ValueError on a key this version does not know, rather than to drop it."""
+        """A config from ``to_json``'s dict. Raises ValueError for an unknown key."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"config has unknown keys {unknown}; was it written by a newer kairos_gym?")

@@ -1,4 +1,4 @@
-"""The units of a model: raw numbers of the simulator to numbers of about unit size, and back."""
+"""The units of a model: the simulator's numbers to numbers of about unit size, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from world_model.episodes import Episodes
 
 
 class Scaling(nn.Module):
-    """Means and standard deviations of the training data, and the bounds of the spaces. Measured, not trained."""
+    """Means and standard deviations of the training data, and the bounds of the spaces. Measured, not trained.
+
+    Raises ValueError where an action has no finite bounds, or equal ones.
+    """
 
     obs_mean: Tensor
     obs_std: Tensor
-    step_std: Tensor  # [O] the usual size of one step's change, in normalised units
+    step_std: Tensor  # [O] RMS change of one step, in normalised units
     obs_low: Tensor  # [O] bounds of the observation space, infinite where it has none
     obs_high: Tensor
     action_low: Tensor
@@ -42,7 +45,7 @@ class Scaling(nn.Module):
         self.register_buffer("reward_std", torch.ones(()))
 
     def measure(self, episodes: Episodes) -> None:
-        """Take the units from the data. What never moves in them keeps its own unit."""
+        """Set the units from the data. A dimension that is constant there keeps its own unit."""
         after = (episodes.index > 0).nonzero()[:, 0]
         std = episodes.obs.std(0)
         self.obs_mean.copy_(episodes.obs.mean(0))
@@ -53,13 +56,15 @@ class Scaling(nn.Module):
         self.reward_std.copy_(episodes.reward[after].std().clamp_min(1e-4))
 
     def obs(self, raw: Tensor) -> Tensor:
+        """Observations [...,O] -> normalised."""
         return (raw - self.obs_mean) / self.obs_std
 
     def raw_obs(self, scaled: Tensor) -> Tensor:
+        """Normalised observations [...,O] -> in the simulator's units."""
         return scaled * self.obs_std + self.obs_mean
 
     def limit(self, scaled: Tensor) -> Tensor:
-        """Normalised observations cut off at the bounds of the observation space."""
+        """Normalised observations [...,O], clamped to the bounds of the observation space."""
         return scaled.clamp(self.obs(self.obs_low), self.obs(self.obs_high))
 
     def action(self, raw: Tensor) -> Tensor:
