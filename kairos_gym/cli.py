@@ -330,7 +330,7 @@ COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``kairos``, on one thread: models this small lose by more, much where the machine is shared.
+    """Run ``kairos``, on one thread: more would slow models this small down, most on a shared machine.
 
     A mistake of the user is one line on stderr and exit code 2.
     """
@@ -340,11 +340,12 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     try:
         if args[:1] == ["bench"]:
-            from kairos_gym.bench import commands as benches
+            from kairos_gym.bench.commands import COMMANDS as BENCHES
+            from kairos_gym.bench.harness import append_row
 
-            measured = tyro.extras.subcommand_cli_from_dict(benches.COMMANDS, prog="kairos bench", args=args[1:])
-            if measured is not None:
-                benches.keep(measured)
+            row = tyro.extras.subcommand_cli_from_dict(BENCHES, prog="kairos bench", args=args[1:])
+            if row is not None:
+                append_row(row)
             return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -255,13 +255,13 @@ def test_bench_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert json.loads((tmp_path / "reports" / "bench.jsonl").read_text().splitlines()[1])["rows"][0]["share"] > 0
 
 
-def test_bench_caution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_pessimism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr("kairos_gym.bench.pessimism.UPDATES", {"draft_steps": 20, "steps": 5})
     monkeypatch.setattr("kairos_gym.bench.pessimism.LASTS", {"pendulum": 6})
     collect("Pendulum-v1", "pendulum/train-v0", CollectConfig(seed=0, episodes=18, episode_steps=200))
-    few = ["bench", "caution", "--task", "pendulum", "--episodes-of-data", "2", "--episodes", "2", "--penalties", "0"]
+    few = ["bench", "pessimism", "--task", "pendulum", "--episodes-of-data", "2", "--episodes", "2", "--penalties", "0"]
     main(few)
     plain, same, _ = json.loads(capsys.readouterr().out)["rows"]
     assert same["mean"] == plain["mean"] and same["difference"] == 0

@@ -4,7 +4,6 @@ from kairos_gym.bench.endurance import endurance
 from kairos_gym.bench.env import env
 from kairos_gym.bench.gpu import gpu
 from kairos_gym.bench.gradients import gradients
-from kairos_gym.bench.harness import append_row
 from kairos_gym.bench.learning import learned, learning
 from kairos_gym.bench.lift import lift
 from kairos_gym.bench.lift_speed import lift_speed
@@ -45,4 +44,3 @@ COMMANDS = {
         table,
     )
 }
-keep = append_row

@@ -116,13 +116,12 @@ def _recipe(script: Collection, env: gym.Env, turns: list[Policy]) -> dict[str, 
     packages += ["mujoco"] if "mujoco" in source or "robosuite" in source else []
     plain, comma, arguments = script.env_id.partition(",")
     module, colon, _ = plain.rpartition(":")  # "module:Id-v0" is how Gymnasium finds an id that a module registers
+    own = f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}"
     recipe = {
         "env_id": module + colon + env.spec.id + comma + arguments,
         "seed": script.seed,
         "episode_steps": script.episode_steps,
-        "behaviour": script.behaviour
-        if policy is None
-        else f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}",
+        "behaviour": script.behaviour if policy is None else own,
         "versions": {name: version(name) for name in packages},
     }
     if turns:

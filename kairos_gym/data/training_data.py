@@ -1,4 +1,4 @@
-"""What a model was trained on, found again by what its card says."""
+"""Loads the data that a model was trained on, by what its card says."""
 
 from __future__ import annotations
 
@@ -10,33 +10,23 @@ from kairos_gym.data.collect_config import Behaviour, CollectConfig
 from kairos_gym.data.datasets import load_dataset
 from world_model.episodes import Episodes
 
-RECIPE = (
-    "env_id",
-    "seed",
-    "steps",
-    "episodes",
-    "episode_steps",
-    "behaviour",
-    "policy_seed",
-)  # what two recordings may share
+# What has to be the same in two recordings by the same policies.
+RECIPE = ("env_id", "seed", "steps", "episodes", "episode_steps", "behaviour", "policy_seed")
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The episodes of a training, the dataset's name, and whether they are the very same to the last bit.
+    """The episodes that a model was trained on."""
 
-    They may not be where policies that look played: on another processor these act a little differently.
-    """
-
-    name: str
+    name: str  # of the dataset
     episodes: Episodes
-    same: bool
+    same: bool  # to the last bit; policies that react to observations act a little differently on another processor
 
 
 def load_training_data(card: dict[str, Any]) -> TrainingData:
-    """The training data that a model's ``card`` names; recorded again where they are gone and it says how.
+    """The training data that a model's ``card`` names; recorded again where they are missing and it says how.
 
-    Of data that policies which look played ("ladder", "expert"), those of the same recipe will do.
+    Data of policies that react to observations ("ladder", "expert") need only be of the same recipe.
 
     Raises ValueError where the card doesn't say, or where the dataset of that name holds other episodes;
     FileNotFoundError where there is none and it can't be recorded again.
@@ -64,9 +54,9 @@ def load_training_data(card: dict[str, Any]) -> TrainingData:
         dataset = collect(data["env_id"], name, config)
     episodes = Episodes.from_minari(dataset, range(dataset.total_episodes - data["held_out"]))
     same = episodes.fingerprint() == data.get("fingerprint", episodes.fingerprint())
-    found = dataset.storage.metadata.get("recipe")
-    alike = isinstance(found, dict) and all(found.get(key) == data.get(key) for key in RECIPE)
-    if not same and not (alike and data.get("behaviour") in ("ladder", "expert")):
+    recipe = dataset.storage.metadata.get("recipe")
+    same_recipe = isinstance(recipe, dict) and all(recipe.get(key) == data.get(key) for key in RECIPE)
+    if not same and not (same_recipe and data.get("behaviour") in ("ladder", "expert")):
         raise ValueError(
             f"the dataset {name} here holds other episodes than the model was trained on: set MINARI_DATASETS_PATH to "
             "the folder that has the right ones, or go without references (references=False, --no-references)"
