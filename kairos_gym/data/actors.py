@@ -1,4 +1,4 @@
-"""Plays the episodes that are recorded, one after the other or in several processes, in the same order either way."""
+"""Plays the episodes of a recording, in one process or in several, in the same order either way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kairos_gym.policies.ladder import Policy, batch_of_one, ladder
 
 Episode = dict[str, NDArray[Any]]
 LONGEST_HOLD = 8  # steps
-# What the expert is like by turns. A planner tries what no expert does, so in half of the episodes random actions take
+# The expert's arguments, by turns. A planner tries what no expert does, so in half of the episodes random actions take
 # over now and then.
 EXPERT_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -30,13 +30,13 @@ EXPERT_VARIANTS: tuple[dict[str, Any], ...] = (
     {"noise": 0.1, "failure": "drop"},
     *({"noise": noise, "interrupted": True} for noise in (0.0, 0.1, 0.2, 0.4)),
 )
-LONGEST_SPELL, LONGEST_INTERRUPTION = 30, 12  # steps
-DEATHS = 3  # of workers, one after the other without an episode between them, until it is given up
+LONGEST_EXPERT, LONGEST_INTERRUPTION = 30, 12  # steps of the expert between two interruptions, and of one of these
+DEATHS = 3  # of workers, without an episode between them, before the recording is given up
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What is played: an episode is a function of this and of its number. See ``collect``."""
+    """What to play (see ``CollectConfig``): an episode is a function of this and of its number."""
 
     env_id: str
     episode_steps: int | None
@@ -47,24 +47,23 @@ class Collection:
 
     def env(self) -> gym.Env:
         """The simulator."""
-        from envs import make_real  # the roof loads no simulator before somebody needs one
+        from envs import make_real
 
-        return make_real(
-            self.env_id, **({} if self.episode_steps is None else {"max_episode_steps": self.episode_steps})
-        )
+        limit = {} if self.episode_steps is None else {"max_episode_steps": self.episode_steps}
+        return make_real(self.env_id, **limit)
 
     def turns(self, progress: bool) -> list[Policy]:
-        """The policies that play by turns; none where another behaviour plays."""
+        """The policies that play by turns; none for other behaviours."""
         return ladder(self.env_id, seed=self.policy_seed, progress=progress) if self.behaviour == "ladder" else []
 
 
 def generate_episodes(
     script: Collection, env: gym.Env, turns: list[Policy], first: int, workers: int
 ) -> Generator[Episode, None, None]:
-    """Episodes ``first``, ``first`` + 1, ... without end, in that order.
+    """Play episodes ``first``, ``first`` + 1, ... without end, in that order.
 
-    With several ``workers`` these play, each in a process of its own; ``env`` and ``turns`` serve a single one. A
-    worker that dies is replaced, and what it was playing is played again. Raises RuntimeError where that doesn't help.
+    Several ``workers`` play in processes of their own; ``env`` and ``turns`` serve a single one. A worker that dies is
+    replaced, and its episode is played again. Raises RuntimeError where workers die again and again.
     """
     if workers == 1:
         for index in count(first):
@@ -76,7 +75,7 @@ def generate_episodes(
             try:
                 for ahead in range(index, index + 2 * workers):
                     if ahead not in playing:
-                        playing[ahead] = pool.submit(_play, ahead)
+                        playing[ahead] = pool.submit(_play_in_worker, ahead)
                 episode = playing[index].result()
             except BrokenProcessPool as error:
                 deaths += 1
@@ -146,25 +145,25 @@ def success_of(info: dict[str, Any]) -> bool | None:
 
 
 def _pool(script: Collection, workers: int) -> ProcessPoolExecutor:
-    # Not forked: a process that has used torch's threads can't be.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (script,))
+    # Spawned, since a process that has used torch's threads can't be forked.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (script,))
 
 
-_mine: tuple[Collection, gym.Env, list[Policy]] | None = None  # a worker's own
+_worker: tuple[Collection, gym.Env, list[Policy]] | None = None  # what this process, if it is a worker, plays with
 
 
-def _begin(script: Collection) -> None:
-    global _mine
+def _start_worker(script: Collection) -> None:
+    global _worker
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the parent, which stops its workers
     torch.set_num_threads(1)
-    _mine = script, script.env(), script.turns(progress=False)
+    _worker = script, script.env(), script.turns(progress=False)
 
 
-def _play(index: int) -> Episode:
-    assert _mine is not None
-    return play(*_mine, index)
+def _play_in_worker(index: int) -> Episode:
+    assert _worker is not None
+    return play(*_worker, index)
 
 
 def _stacked(name: str, values: list[Any]) -> Episode:
@@ -190,28 +189,28 @@ def _actions(rng: np.random.Generator, space: gym.Space, longest: int) -> Iterat
 
 
 def _expert(env: gym.Env, rng: np.random.Generator, index: int) -> Callable[[Any], Any]:
-    """The expert of episode number ``index``, one of TURNS."""
+    """The expert of episode number ``index``, one of EXPERT_VARIANTS."""
     from envs import Expert
 
-    turn = dict(EXPERT_VARIANTS[index % len(EXPERT_VARIANTS)])
-    interrupted = turn.pop("interrupted", False)
-    expert = Expert(env, **turn, seed=int(rng.integers(2**31)))
+    arguments = dict(EXPERT_VARIANTS[index % len(EXPERT_VARIANTS)])
+    interrupted = arguments.pop("interrupted", False)
+    expert = Expert(env, **arguments, seed=int(rng.integers(2**31)))
     if not interrupted:
         return expert
     # Independent actions, as a planner's candidates are, and held ones, which get farther.
-    others = [_actions(rng, env.action_space, longest) for longest in (1, LONGEST_HOLD)]
+    interruptions = [_actions(rng, env.action_space, longest) for longest in (1, LONGEST_HOLD)]
 
-    def playing() -> Iterator[Iterator[Any] | None]:
-        """Who plays, step by step; None for the expert."""
+    def alternate() -> Iterator[Iterator[Any] | None]:
+        """Step by step: the random actions that interrupt the expert, or None where it acts itself."""
         while True:
-            yield from [None] * int(rng.integers(1, LONGEST_SPELL + 1))
-            yield from [others[rng.integers(2)]] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
+            yield from [None] * int(rng.integers(1, LONGEST_EXPERT + 1))
+            yield from [interruptions[rng.integers(2)]] * int(rng.integers(1, LONGEST_INTERRUPTION + 1))
 
-    turns = playing()
+    sources = alternate()
 
     def act(obs: Any) -> Any:
-        other = next(turns)
-        return expert(obs) if other is None else next(other)
+        interruption = next(sources)
+        return expert(obs) if interruption is None else next(interruption)
 
     return act
 
