@@ -18,8 +18,8 @@ from world_model.contract import Imagined
 from world_model.model.world_model import WorldModel
 from world_model.ops.constants import held, index
 from world_model.ops.delta_rule import delta_rule_chunked
-from world_model.runtime.cuda_graph import MOST, CaptureCache, CudaGraphs, cuda_graphs
-from world_model.runtime.weight_cache import made
+from world_model.runtime.cuda_graph import MAX_GRAPHS, CaptureCache, CudaGraphs, cuda_graphs
+from world_model.runtime.weight_cache import caches
 from world_model.state import LatentState
 
 DEVICES = ("cpu", "meta")  # the first shows what is made of the host's numbers, the second what is copied from there
@@ -240,9 +240,9 @@ def assert_same(ours: tuple[LatentState, Imagined], theirs: tuple[LatentState, I
 
 
 def graphs(model: WorldModel) -> list[Any]:
-    form = made[model]
-    assert isinstance(form, CudaGraphs)
-    return list(form._graphs._made.values())
+    cache = caches[model]
+    assert isinstance(cache, CudaGraphs)
+    return list(cache._graphs._entries.values())
 
 
 @on_a_gpu
@@ -310,7 +310,7 @@ def test_weights_that_change_are_seen(gpu: pytest.MonkeyPatch) -> None:
     dreamed()
     assert model.draft is not None
     model.draft.requires_grad_(True)
-    assert cuda_graphs(model, state, actions) is None and model not in made
+    assert cuda_graphs(model, state, actions) is None and model not in caches
     assert dreamt(model.imagine(state, actions)[1]).requires_grad
     model.draft.requires_grad_(False)
     dreamed()
@@ -350,13 +350,13 @@ def test_a_graph_says_what_is_wrong_as_ever(gpu: pytest.MonkeyPatch) -> None:
 @on_a_gpu
 def test_few_graphs_and_constants_that_others_forget(gpu: pytest.MonkeyPatch) -> None:
     model = tiny_model("SDG").cuda()
-    for batch in range(1, MOST + 3):
+    for batch in range(1, MAX_GRAPHS + 3):
         for _ in range(2):
             model.imagine(seen(model, batch), played(model, batch, 4))
-    assert len(graphs(model)) == MOST
+    assert len(graphs(model)) == MAX_GRAPHS
     for i in range(300):
         index((i,), torch.device("cuda"))
-    state, actions = seen(model, MOST + 2), played(model, MOST + 2, 4)
+    state, actions = seen(model, MAX_GRAPHS + 2), played(model, MAX_GRAPHS + 2, 4)
     assert_same(model.imagine(state, actions), plain(model, state, actions, gpu))
 
 

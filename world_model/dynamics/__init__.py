@@ -1,4 +1,4 @@
-"""What stands in for a world model, or wraps one, behind the same verbs."""
+"""Other ``Dynamics``: baselines, and wrappers of a world model."""
 
 from world_model.dynamics.draft_dynamics import DraftDynamics
 from world_model.dynamics.pessimistic import Pessimistic

@@ -1,4 +1,4 @@
-"""What a world model has to beat, behind the same verbs: nothing moves, a linear model, the PETS ensemble."""
+"""Baselines for a world model: constant observations, a linear model, the PETS ensemble."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from world_model.episodes import Episodes, StartStates
 from world_model.model.scaling import Scaling
 from world_model.state import LatentState
 
-Stepped = tuple[Tensor, Tensor, Tensor]
+Stepped = tuple[Tensor, Tensor, Tensor]  # what ``Baseline.step`` returns
 
 
 class Baseline(nn.Module):
-    """A Markov model: its state is the last observation, and ``step`` is all that one has to say."""
+    """A Markov model: its state is the last observation, and a subclass defines ``step``."""
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -31,34 +31,35 @@ class Baseline(nn.Module):
         self.scaling = Scaling(spec)
 
     def step(self, obs: Tensor, action: Tensor) -> Stepped:
-        """obs [B,O] normalised, action [B,A] in [-1,1] -> next obs [B,O], reward [B], both normalised, ended [B]."""
+        """obs [B,O] normalised, action [B,A] in [-1,1] -> next obs [B,O] and reward [B] normalised, terminated [B]."""
         raise NotImplementedError
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
+        """See ``Dynamics.initial``; nothing is random, so seeds change nothing."""
         return LatentState({"obs": torch.zeros(batch, *self.spec.observation_box.shape)})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """It remembers the last of obs [B,T,O] alone. Raises ValueError for another shape."""
+        """Keep the last of obs [B,T,O]; see ``Dynamics.observe``. Raises ValueError for another shape."""
         if obs.ndim != 3 or obs.shape[::2] != state["obs"].shape or not obs.shape[1]:
             raise ValueError(f"obs must be [B,T,O] with B, O = {tuple(state['obs'].shape)}, got {tuple(obs.shape)}")
         return LatentState({"obs": obs[:, -1]})
 
     @torch.no_grad()
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        """Play actions [B,K,A]; see ``Dynamics.imagine``. Raises ValueError for another shape."""
-        wanted = (state.batch, *self.spec.action_box.shape)
-        if actions.ndim != 3 or actions.shape[::2] != wanted or not 1 <= actions.shape[1] <= self.spec.chunk:
+        """Dream the steps of actions [B,K,A]; see ``Dynamics.imagine``. Raises ValueError for another shape."""
+        expected = (state.batch, *self.spec.action_box.shape)
+        if actions.ndim != 3 or actions.shape[::2] != expected or not 1 <= actions.shape[1] <= self.spec.chunk:
             raise ValueError(
-                f"actions must be [B,K,A] with B, A = {wanted} and K from 1 to {self.spec.chunk}, got "
+                f"actions must be [B,K,A] with B, A = {expected} and K from 1 to {self.spec.chunk}, got "
                 f"{tuple(actions.shape)}"
             )
         scaling, obs, steps = self.scaling, self.scaling.obs(state["obs"]), []
         for action in scaling.action(actions).unbind(1):
-            obs, reward, ended = self.step(obs, action)
+            obs, reward, terminated = self.step(obs, action)
             obs = scaling.limit(obs)
-            steps.append((scaling.raw_obs(obs), reward * scaling.reward_std + scaling.reward_mean, ended))
-        shown, reward, ended = (torch.stack(parts, 1) for parts in zip(*steps, strict=True))
-        return LatentState({"obs": shown[:, -1]}), Imagined(shown if decode else None, reward, ended)
+            steps.append((scaling.raw_obs(obs), reward * scaling.reward_std + scaling.reward_mean, terminated))
+        raw_obs, reward, terminated = (torch.stack(parts, 1) for parts in zip(*steps, strict=True))
+        return LatentState({"obs": raw_obs[:, -1]}), Imagined(raw_obs if decode else None, reward, terminated)
 
     def fingerprint(self) -> str:
         """A short digest of the weights."""
@@ -67,15 +68,15 @@ class Baseline(nn.Module):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _see(self, episodes: Episodes) -> None:
-        """Take units and starts from the data."""
+    def _measure(self, episodes: Episodes) -> None:
+        """Set units and start states from the data."""
         self.scaling.measure(episodes)
         first = episodes.starts()
         self.starts = StartStates(episodes.obs[first][:256, None], episodes.action[first][:256, None])
 
 
 class Constant(Baseline):
-    """Nothing moves, every step pays the mean reward, and no episode ends."""
+    """Observations stay, every step has the mean reward, and no episode ends."""
 
     def step(self, obs: Tensor, action: Tensor) -> Stepped:
         zero = torch.zeros_like(obs[:, 0])
@@ -85,7 +86,7 @@ class Constant(Baseline):
 class Linear(Baseline):
     """The change and the reward are linear in (observation, action, 1).
 
-    Whether an episode ends is a threshold on a quadratic of each dimension of the observation that it leads to.
+    An episode ends where a function of the next observation, linear in it and in its squares, is above a threshold.
     """
 
     weight: Tensor  # [O+A+1,O+1]
@@ -98,16 +99,16 @@ class Linear(Baseline):
         self.register_buffer("ends", torch.zeros(2 * o + 1))
 
     def step(self, obs: Tensor, action: Tensor) -> Stepped:
-        said = _affine(torch.cat([obs, action], -1)) @ self.weight
-        # Unstable directions grow without bound: far beyond all data is far enough, and stays finite.
-        after = (obs + said[:, :-1]).clamp(-1e3, 1e3)
-        return after, said[:, -1], _affine(torch.cat([after, after.square()], -1)) @ self.ends > 0.5
+        output = _affine(torch.cat([obs, action], -1)) @ self.weight
+        # Unstable directions grow without bound; the clamp lies far beyond all data and keeps them finite.
+        after = (obs + output[:, :-1]).clamp(-1e3, 1e3)
+        return after, output[:, -1], _affine(torch.cat([after, after.square()], -1)) @ self.ends > 0.5
 
 
 class Ensemble(Baseline):
     """PETS (arXiv 1805.12114): M networks, each the mean and variance of the next change and of the reward.
 
-    Four hidden layers of 200, swish, as is usual for it; ``imagine`` follows the members' mean prediction.
+    Four hidden layers of 200 with swish, as is usual; ``imagine`` follows the members' mean prediction.
     """
 
     ends: Tensor  # [2*O+1], as Linear's
@@ -127,7 +128,7 @@ class Ensemble(Baseline):
         self.register_buffer("ends", torch.zeros(2 * size + 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [M,B,O] normalised, action [M,B,A] in [-1,1] -> mean, log-variance [M,B,O+1] of what comes next."""
+        """obs [M,B,O] normalised, action [M,B,A] in [-1,1] -> mean, log-variance [M,B,O+1] of change and reward."""
         x = torch.cat([obs, action], -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
@@ -144,16 +145,16 @@ class Ensemble(Baseline):
 
 
 def fit_constant(spec: Spec, episodes: Episodes) -> Constant:
-    """Its only weights are the units and the mean reward."""
+    """A ``Constant`` with the units and the mean reward of the data."""
     model = Constant(spec)
-    model._see(episodes)
+    model._measure(episodes)
     return model
 
 
 def fit_linear(spec: Spec, episodes: Episodes) -> Linear:
-    """Least squares over all steps, in float64, with just enough ridge for what never moves."""
+    """A ``Linear`` by least squares over all steps, in float64, with a little ridge for constant dimensions."""
     model = Linear(spec)
-    model._see(episodes)
+    model._measure(episodes)
     before, action, after, reward = _steps(model, episodes)
     model.weight.copy_(_least_squares(torch.cat([before, action], -1), torch.cat([after - before, reward], -1)))
     model.ends.copy_(_ends(model, episodes))
@@ -163,21 +164,21 @@ def fit_linear(spec: Spec, episodes: Episodes) -> Linear:
 def fit_ensemble(
     spec: Spec, episodes: Episodes, *, cpu_seconds: float, seed: int = 0, batch: int = 256, lr: float = 1e-3
 ) -> Ensemble:
-    """Train for a budget of CPU time, each member on its own draw of the data; ``card["updates"]`` counts them.
+    """An ``Ensemble`` trained for ``cpu_seconds``, each member on its own draws; ``card["updates"]`` counts updates.
 
-    Unlike ``fit`` this goes by the clock: a baseline gets the same time as the model that it is compared with.
+    The budget is CPU time, unlike that of ``fit``, so that a baseline gets the time of the model it is compared with.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Ensemble(spec)
     generator = torch.Generator().manual_seed(seed)
-    model._see(episodes)
+    model._measure(episodes)
     model.ends.copy_(_ends(model, episodes))
     rows = (episodes.index > 0).nonzero()[:, 0]
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-5, fused=True)
-    begun, updates = time.process_time(), 0
-    while (spent := (time.process_time() - begun) / cpu_seconds) < 1:
-        optimiser.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * spent))
+    start, updates = time.process_time(), 0
+    while (progress := (time.process_time() - start) / cpu_seconds) < 1:
+        optimiser.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * progress))
         at = rows[torch.randint(len(rows), (model.members, batch), generator=generator)]
         before, after = model.scaling.obs(episodes.obs[at - 1]), model.scaling.obs(episodes.obs[at])
         reward = (episodes.reward[at] - model.scaling.reward_mean) / model.scaling.reward_std
@@ -197,26 +198,27 @@ def _steps(model: Baseline, episodes: Episodes) -> tuple[Tensor, Tensor, Tensor,
     """All steps, normalised, in float64: before [S,O], action [S,A], after [S,O], reward [S,1]."""
     at, scaling = (episodes.index > 0).nonzero()[:, 0], model.scaling
     reward = (episodes.reward[at] - scaling.reward_mean) / scaling.reward_std
-    found = scaling.obs(episodes.obs[at - 1]), scaling.action(episodes.action[at]), scaling.obs(episodes.obs[at])
-    return (*(x.double() for x in found), reward[:, None].double())  # type: ignore[return-value]
+    steps = scaling.obs(episodes.obs[at - 1]), scaling.action(episodes.action[at]), scaling.obs(episodes.obs[at])
+    return (*(x.double() for x in steps), reward[:, None].double())  # type: ignore[return-value]
 
 
 def _ends(model: Baseline, episodes: Episodes) -> Tensor:
-    """How likely an observation [O] ends its episode, linear in it and its squares: least squares -> [2*O+1].
+    """Least squares of "the episode ends here" on an observation and its squares -> weights [2*O+1].
 
-    Both kinds of steps weigh the same, however rare ends are. A threshold on |x|, as simulators like it, is one on x^2.
+    Terminating steps and the others have the same total weight, however rare they are. The squares suit simulators,
+    which often end an episode by a threshold on |x|.
     """
     _, _, after, _ = _steps(model, episodes)
-    ended = episodes.terminated[episodes.index > 0].double()[:, None]
+    terminated = episodes.terminated[episodes.index > 0].double()[:, None]
     features = torch.cat([after, after.square()], -1)
-    if not ended.any():
+    if not terminated.any():
         return torch.zeros(features.shape[1] + 1)
-    weight = torch.where(ended > 0, 0.5 / ended.sum(), 0.5 / (1 - ended).sum())
-    return _least_squares(features, ended, weight)[:, 0]
+    weight = torch.where(terminated > 0, 0.5 / terminated.sum(), 0.5 / (1 - terminated).sum())
+    return _least_squares(features, terminated, weight)[:, 0]
 
 
 def _least_squares(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x [S,n], y [S,m], weight [S,1] -> the best linear map of (x, 1) to y, [n+1,m]."""
+    """x [S,n], y [S,m], weight [S,1] -> the least-squares map of (x, 1) to y, [n+1,m]."""
     x = _affine(x)
     weighted = x if weight is None else x * weight * len(x)
     gram = weighted.mT @ x

@@ -1,4 +1,4 @@
-"""A world model's draft as Dynamics of its own: no memory, and gradients for an eighth of the time."""
+"""A world model's draft as ``Dynamics``: without memory, and with gradients in an eighth of the time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from world_model.state import LatentState
 
 
 class DraftDynamics:
-    """What ``model`` would say if its memory were never asked: its draft's guesses, and what they yield.
+    """The draft and the reward head of ``model``, without its memory; dreams are always the mean ones.
 
-    Its state is the last observation, and the one before where the draft looks at two. It fits tasks whose observation
-    tells all, where the memory adds little. What learns in it is to be judged in ``model`` itself, or for real. The
-    dream is always the mean one.
+    The state is the last two observations. It suits tasks whose observation determines the state, where the memory adds
+    little. Evaluate what was trained in it in ``model`` itself, or in the real environment.
 
     Raises ValueError where the model has no draft.
     """
@@ -32,7 +31,7 @@ class DraftDynamics:
     def spec(self) -> Spec:
         return self.model.spec
 
-    # What a dream env also asks of its model. Its trust isn't among it: that was measured with the memory.
+    # A dream env also uses these of its model. There is no ``trust``: that was measured with the memory.
 
     @property
     def starts(self) -> StartStates | None:
@@ -43,18 +42,18 @@ class DraftDynamics:
         return self.model.card
 
     def fingerprint(self) -> str:
-        """Of the weights, and that only the draft is asked."""
+        """A digest of the weights, which also says that only the draft is used."""
         return f"{self.model.fingerprint()} drafted"
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        """See ``Dynamics.initial``; nothing is drawn, so seeds change nothing."""
+        """See ``Dynamics.initial``; nothing is random, so seeds change nothing."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        nothing = self.model.draft_error.new_full((batch, self.model.config.obs_dim), torch.nan)
-        return LatentState({"obs": nothing, "before": nothing})
+        unknown = self.model.draft_error.new_full((batch, self.model.config.obs_dim), torch.nan)
+        return LatentState({"obs": unknown, "before": unknown})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """See ``Dynamics.observe``. Actions say nothing that the observations don't."""
+        """See ``Dynamics.observe``; actions are ignored."""
         if (
             obs.ndim != 3
             or obs.shape[0] != state.batch
@@ -64,7 +63,7 @@ class DraftDynamics:
             raise ValueError(f"obs must be [{state.batch},T,{self.model.config.obs_dim}], got {list(obs.shape)}")
         obs = obs.to(self.model.draft_error)
         earlier = state["obs"] if obs.shape[1] == 1 else obs[:, -2]
-        # A first frame came from nowhere: it stands for the one before it too.
+        # A first frame is its own predecessor.
         return LatentState({"obs": obs[:, -1], "before": torch.where(earlier.isnan(), obs[:, -1], earlier)})
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
@@ -77,8 +76,8 @@ class DraftDynamics:
         assert model.draft is not None
         start, act = scaling.obs(state["obs"]), scaling.action(actions.to(model.draft_error))
         obs_scaled, _ = model.draft.unroll(start, act, scaling.obs(state["before"]), scaling)
-        begun = torch.cat([start[:, None], obs_scaled[:, :-1]], 1)
-        predicted = model.predict_reward(begun, act, obs_scaled, None)
+        before_steps = torch.cat([start[:, None], obs_scaled[:, :-1]], 1)
+        predicted = model.predict_reward(before_steps, act, obs_scaled, None)
         obs = scaling.raw_obs(obs_scaled)
         reward = predicted[..., 0] * scaling.reward_std + scaling.reward_mean
         terminated = (predicted[..., 1] > 0) & model.terminates

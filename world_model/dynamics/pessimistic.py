@@ -1,4 +1,4 @@
-"""Dynamics whose rewards are lowered where the model knows little, so that plans and policies stay elsewhere."""
+"""``Dynamics`` whose rewards are lowered where the model is uncertain, so that plans and policies avoid it there."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Pessimistic:
     penalty: in standard deviations of the training data's reward, so that one number suits every task; in the reward's
         unit for dynamics without a ``scaling``. It also lowers an objective's own ``reward_fn`` (``Imagined.cost``).
 
-    It helps models of narrow data, such as a few policies' episodes, whose plans promise more than they earn. For a
-    model of random actions, which go everywhere, it mostly costs (``kairos bench pessimism``).
+    It helps models of narrow data, such as a few policies' episodes, whose imagined returns exceed the real ones. With
+    data of random actions, which go everywhere, it mostly lowers the return (``kairos bench pessimism``).
 
     Raises ValueError where the model isn't calibrated, or isn't on the CPU, where the error bound is computed.
     """
@@ -60,9 +60,9 @@ class Pessimistic:
         return getattr(self.dynamics, "card", None)
 
     def fingerprint(self) -> str:
-        """A digest of the weights, and the penalty and its measure."""
-        own: Any = self.dynamics
-        return f"{own.fingerprint()} pessimistic {self.penalty:g} {self.by}"
+        """A digest of the weights, with the penalty and its measure."""
+        dynamics: Any = self.dynamics
+        return f"{dynamics.fingerprint()} pessimistic {self.penalty:g} {self.by}"
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
         """See ``Dynamics.initial``."""
@@ -75,7 +75,8 @@ class Pessimistic:
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
         """See ``Dynamics.observe``. Real frames are certain, so the uncertainty starts anew."""
-        after, seen = self.dynamics.observe(_without(state), obs, actions), state["uncertainty.seen"] + obs.shape[1]
+        after = self.dynamics.observe(_without(state), obs, actions)
+        seen = state["uncertainty.seen"] + obs.shape[1]  # real frames
         return self._with(after, self.trust.initial(seen), seen, obs[:, -1].float())
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
@@ -84,11 +85,11 @@ class Pessimistic:
         if imagined.obs is None:
             raise ValueError("these dynamics predict no observations, so their error can't be bounded")
         path = torch.cat([state["uncertainty.obs"][:, None], imagined.obs.float()], 1)
-        begin, actions = path[:, :-1], actions.float()
+        before, actions = path[:, :-1], actions.float()
         if self.by == "distance":
-            uncertainty = self.trust.distance(begin, actions)
+            uncertainty = self.trust.distance(before, actions)
         else:
-            uncertainty = self.trust.propagate(state["uncertainty"], begin, actions)
+            uncertainty = self.trust.propagate(state["uncertainty"], before, actions)
         cost = self.penalty * self.unit * uncertainty
         lowered = imagined._replace(reward=imagined.reward - cost, cost=cost)
         after = self._with(after, uncertainty[:, -1], state["uncertainty.seen"], path[:, -1])

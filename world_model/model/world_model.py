@@ -1,4 +1,4 @@
-"""WorldModel: tokens, draft, memory and flow joined into the verbs initial, observe and imagine."""
+"""WorldModel: tokens, draft, memory and flow behind ``initial``, ``observe`` and ``imagine``."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from world_model.ops.flow import euler, shift_factor
 from world_model.ops.layout import Layout
 from world_model.runtime.compiled_step import compiled_step
 from world_model.runtime.cuda_graph import cuda_graphs
-from world_model.runtime.weight_cache import forget
+from world_model.runtime.weight_cache import invalidate
 from world_model.state import LatentState
 from world_model.trust import ConformalBound
 
-EVIDENCE_FRAMES = 32  # that one pass takes
+EVIDENCE_FRAMES = 32  # the most that one pass of ``observe`` takes
 
 
 class DraftPrediction(NamedTuple):
-    """What the draft predicts for a chunk, without the memory; in normalised units, all [...,K,O]."""
+    """The draft's prediction of a chunk, without the memory; in normalised units, all [...,K,O]."""
 
     mean: Tensor
-    change: Tensor  # of the mean since the chunk's start, over the usual change of one step
-    spread: Tensor  # log of its std over the draft's usual error at that step of the chunk
+    change: Tensor  # of the mean since the chunk's start, over ``step_std``
+    spread: Tensor  # log of its std over the draft's RMS error at that step of the chunk
     scale: Tensor  # the unit of the residual that the flow predicts
 
 
 class WorldModel(nn.Module):
-    """A world model behind the ``Dynamics`` verbs (Kairos, arXiv 2606.16533). It owns weights, never a state.
+    """A streaming, action-conditioned world model (Kairos, arXiv 2606.16533), as ``Dynamics``.
 
-    Denoising reads memory; only the clean chunk writes it. So memory stays constant and noise can't pollute it.
+    Denoising reads the memory; only clean frames write it, so noise can't pollute it.
     """
 
     draft_error: Tensor  # [K,O] RMS error of the draft at each step of a chunk, in normalised units
@@ -50,17 +50,17 @@ class WorldModel(nn.Module):
 
     def __init__(self, config: WorldModelConfig, spec: Spec):
         super().__init__()
-        for name, have, want in (
+        for name, size, expected in (
             ("obs_dim", config.obs_dim, spec.observation_box.shape),
             ("action_dim", config.action_dim, spec.action_box.shape),
             ("chunk", config.chunk, (spec.chunk,)),
         ):
-            if (have,) != want:
-                raise ValueError(f"config.{name}={have} doesn't fit the spec, which has {want}")
+            if (size,) != expected:
+                raise ValueError(f"config.{name}={size} doesn't fit the spec, which has {expected}")
         self.config, self.spec = config, spec
         self.card: dict[str, Any] = {}
         self.starts: StartStates | None = None
-        self.trust: ConformalBound | None = None  # a bound on its error, where it was calibrated
+        self.trust: ConformalBound | None = None  # a bound on its error, if it was calibrated
         self.scaling = Scaling(spec)
         self.tokens = Tokens(config)
         self.trunk = Trunk(config)
@@ -70,7 +70,7 @@ class WorldModel(nn.Module):
             else None
         )
         self.reward_head = RewardHead(config.obs_dim, config.action_dim, config.draft_width)
-        self.memory_reward_head = nn.Linear(config.tokens * config.width, 2)  # what the memory adds to reward and end
+        self.memory_reward_head = nn.Linear(config.tokens * config.width, 2)  # the memory's share of reward and end
         nn.init.zeros_(self.memory_reward_head.weight)
         nn.init.zeros_(self.memory_reward_head.bias)
         self.register_buffer("draft_error", torch.ones(config.chunk, config.obs_dim))
@@ -79,7 +79,7 @@ class WorldModel(nn.Module):
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        """B fresh dreams -> LatentState. seeds: int64 [B], each dream's own noise seed (zeros where None)."""
+        """B dreams that have observed nothing -> LatentState. seeds: int64 [B] or None; see ``Dynamics.initial``."""
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         like = self.draft_error
@@ -94,7 +94,10 @@ class WorldModel(nn.Module):
         return LatentState({**own, **self.trunk.empty(batch, like)})
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """Evidence in: obs [B,T,O] and the actions that led there [B,T,A] -> LatentState. See ``Dynamics.observe``."""
+        """Take in obs [B,T,O] and the actions that led there [B,T,A] -> LatentState. See ``Dynamics.observe``.
+
+        Raises ValueError for other shapes, obs that aren't finite, and actions out of bounds.
+        """
         self._expect("obs", obs, state.batch, None, self.config.obs_dim)
         if actions is None:
             if obs.shape[1] != 1 or bool((state["age"] > 0).any()):
@@ -104,24 +107,25 @@ class WorldModel(nn.Module):
             actions = self.scaling.action_low.expand(*obs.shape[:2], -1)
         self._expect("actions", actions, state.batch, obs.shape[1], self.config.action_dim)
         if not bool(obs.isfinite().all()):
-            raise ValueError("obs must be finite, got NaN or infinity; a world model can't be told what isn't a number")
+            raise ValueError("obs must be finite, got NaN or infinity")
         first = state["age"][:, None] + torch.arange(obs.shape[1], device=obs.device) == 0
         self._expect_within_bounds(actions, first)
         obs, actions = obs.to(self.draft_error), actions.to(self.draft_error)
         if fast := compiled_step(self, state, obs, actions):
             return fast.observe(state, obs, actions)
-        # In parts, which give the same result: the cost of one pass grows with the square of its frames.
-        for part, played in zip(obs.split(EVIDENCE_FRAMES, 1), actions.split(EVIDENCE_FRAMES, 1), strict=True):
-            state = self._write(state, part, self.scaling.obs(part), self.scaling.action(played))
+        # In parts, with the same result: the cost of one pass grows with the square of its frames.
+        for frames, act in zip(obs.split(EVIDENCE_FRAMES, 1), actions.split(EVIDENCE_FRAMES, 1), strict=True):
+            state = self._write(state, frames, self.scaling.obs(frames), self.scaling.action(act))
         return state
 
     def imagine(
         self, state: LatentState, actions: Tensor, *, decode: bool = True, sampled: bool = False, flow_steps: int = 1
     ) -> tuple[LatentState, Imagined]:
-        """Play actions [B,K,A] -> (LatentState, Imagined). See ``Dynamics.imagine``.
+        """Dream the steps that actions [B,K,A] lead to -> (LatentState, Imagined). See ``Dynamics.imagine``.
 
         sampled: False starts the flow from zero and gives the mean dream; True starts from each dream's own noise.
-        flow_steps: Euler steps (1 serves the mean dream as well as 8; a sampled dream wants 4 or more).
+        flow_steps: Euler steps (for the mean dream 1 is as good as 8; a sampled dream needs 4 or more). Raises
+        ValueError for other shapes, actions out of bounds, and dreams that have observed nothing.
         """
         self._expect("actions", actions, state.batch, None, self.config.action_dim)
         if not 1 <= actions.shape[1] <= self.config.chunk:
@@ -130,13 +134,13 @@ class WorldModel(nn.Module):
             raise ValueError(f"flow_steps must be at least 1, got {flow_steps}")
         actions = actions.to(self.draft_error)
         if (fast := compiled_step(self, state, actions)) and (
-            done := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+            result := fast.imagine(state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
-            return done
+            return result
         if (graphs := cuda_graphs(self, state, actions)) and (
-            done := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
+            result := graphs.imagine(self, state, actions, decode=decode, sampled=sampled, flow_steps=flow_steps)
         ):
-            return done
+            return result
         if not bool(self.accepts(state, actions)):
             self._expect_within_bounds(actions, None)
             raise ValueError("imagine needs a dream that has seen something: call observe first")
@@ -150,7 +154,7 @@ class WorldModel(nn.Module):
     def imagine_unchecked(
         self, state: LatentState, actions: Tensor, sampled: bool, flow_steps: int
     ) -> tuple[LatentState, Imagined]:
-        """``imagine`` for inputs that ``accepts`` approved.
+        """``imagine`` for inputs that pass ``accepts``.
 
         A CUDA graph can capture it: it copies nothing between host and device, and its shapes depend on shapes alone.
         """
@@ -173,30 +177,30 @@ class WorldModel(nn.Module):
         z = euler(denoise, z, flow_steps, shift_factor(k, self.config.tokens))
         scaled = self.scaling.limit(draft.mean + draft.scale * z)[:, 0]
         obs = self.scaling.raw_obs(scaled)
-        begin = torch.cat([start[:, None], scaled[:, :-1]], 1)
-        predicted = self.predict_reward(begin, act, scaled, features[:, 0])
+        before_steps = torch.cat([start[:, None], scaled[:, :-1]], 1)
+        predicted = self.predict_reward(before_steps, act, scaled, features[:, 0])
         reward = predicted[..., 0] * self.scaling.reward_std + self.scaling.reward_mean
         terminated = (predicted[..., 1] > 0) & self.terminates
         return self._write(state, obs, scaled, act), Imagined(obs, reward, terminated)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # called by .to(), .double() and the like
-        forget(self)
+        invalidate(self)
         return super()._apply(fn, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        forget(self)
+        invalidate(self)
         return super().requires_grad_(requires_grad)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        forget(self)
+        invalidate(self)
         return super().load_state_dict(*args, **kwargs)
 
-    # -- the parts, in normalised units; training and streaming both go through them -----------------------------------
+    # -- the parts, in normalised units; training and streaming both use them ------------------------------------------
 
     def predict_draft(self, start: Tensor, actions: Tensor, before: Tensor | None = None) -> DraftPrediction:
-        """The draft's prediction for chunks that start at [...,O] and play [...,K,A]; without a draft, nothing moves.
+        """The draft's prediction of chunks from start [...,O] and actions [...,K,A]; without a draft, a constant.
 
-        before [...,O]: the observations before the start; None where they aren't known.
+        before [...,O]: the observations before the start; None where they are unknown.
         """
         if self.draft is None:
             k = actions.shape[-2]
@@ -211,9 +215,9 @@ class WorldModel(nn.Module):
         return self.draft_prediction(start, *(x.unflatten(0, start.shape[:-1]) for x in (mean, variance.sqrt())))
 
     def draft_prediction(self, start: Tensor, mean: Tensor, std: Tensor) -> DraftPrediction:
-        """The prediction for chunks that start at [...,O], from the draft's own mean and std [...,K,O]."""
+        """The prediction of chunks from start [...,O], given the draft's mean and std [...,K,O]."""
         error = self.draft_error[: mean.shape[-2]]
-        # The scale is the geometric mean of the std that the draft predicts here and of its usual error.
+        # The scale is the geometric mean of the std that the draft predicts here and of its RMS error.
         return DraftPrediction(
             mean, (mean - start[..., None, :]) / self.scaling.step_std, (std / error).log(), (std * error).sqrt()
         )
@@ -244,19 +248,19 @@ class WorldModel(nn.Module):
         return self.tokens.out(features), features, after
 
     def predict_reward(self, before: Tensor, actions: Tensor, after: Tensor, features: Tensor | None) -> Tensor:
-        """Of steps before -> after [...,O], the normalised reward and the logit of termination -> [...,2]."""
+        """Normalised reward and logit of termination of steps from before to after [...,O] -> [...,2]."""
         with no_autocast(after):  # rewards are summed up
             predicted = self.reward_head(before, actions, (after - before) / self.scaling.step_std, after)
             return predicted if features is None else predicted + self.memory_reward_head(features.to(after.dtype))
 
     def _write(self, state: LatentState, obs: Tensor, scaled: Tensor, act: Tensor) -> LatentState:
-        """Write clean frames onto the memory; nothing else writes it."""
+        """Write clean frames into the memory; nothing else writes it."""
         frames = obs.shape[1]
         first = (state["age"][:, None] + torch.arange(frames, device=obs.device)) == 0
         world, action = self.tokens.clean(scaled), self.tokens.actions(act, first)
         _, memory = self.trunk(world, action, Layout(frames), self._memory(state), state["age"])
         own = {"seed": state["seed"], "age": state["age"] + frames, "obs": obs[:, -1].clone()}
-        if "before" in state.tensors:  # nothing came before a first frame, so it stands in for its own predecessor
+        if "before" in state.tensors:  # a first frame is its own predecessor
             earlier = torch.where(first[:, :1], obs[:, 0], state["obs"])
             own["before"] = earlier if frames == 1 else obs[:, -2].clone()
         return LatentState({**own, **memory})
@@ -272,7 +276,7 @@ class WorldModel(nn.Module):
             raise ValueError(f"{name} must be a float tensor of shape ({batch}, {frames or 'T'}, {size}), got {got}")
 
     def _expect_within_bounds(self, actions: Tensor, first: Tensor | None) -> None:
-        """``first`` [B,T] marks frames whose action is ignored."""
+        """first: bool [B,T] or None, the frames whose action is ignored."""
         good = self._within_bounds(actions)
         if not bool((good if first is None else good | first).all()):
             low, high = self.scaling.action_low, self.scaling.action_high
@@ -284,13 +288,13 @@ class WorldModel(nn.Module):
     def _within_bounds(self, actions: Tensor) -> Tensor:
         """[B,T,A] -> bool [B,T]."""
         low, high = self.scaling.action_low, self.scaling.action_high
-        slack = 1e-6 * (high - low)  # the spaces may be float64, what comes here float32
+        slack = 1e-6 * (high - low)  # bounds may be float64, these actions are float32
         return ((actions >= low - slack) & (actions <= high + slack)).all(-1)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A short digest of the weights: equal for equal weights, whatever made them."""
+        """A short digest of the weights: equal for equal weights."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -299,7 +303,7 @@ class WorldModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors, starts.safetensors, trust.safetensors and card.json into ``folder``.
 
-        Starts and trust only where the model has them.
+        The files of starts and trust only where the model has them.
         """
         Checkpoint(self.config, self.spec, self.state_dict(), self.starts, self.trust, self.card).write(Path(folder))
 

@@ -1,4 +1,4 @@
-"""A whole step of a small world model on the CPU in one call of compiled code, beside the torch form that it equals."""
+"""A whole step of a small world model on the CPU in one call of compiled code, with the results of the torch form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from world_model.contract import Imagined
 from world_model.noise import normal
 from world_model.ops.dispatch import native_library, needs_grad
 from world_model.ops.flow import shift, shift_factor
-from world_model.runtime.weight_cache import WeightCache, forget, made
+from world_model.runtime.weight_cache import WeightCache, caches, invalidate
 from world_model.state import LatentState
 
 _SIZES = (
@@ -27,12 +27,12 @@ _version = attrgetter("_version")
 
 
 def compiled_step(model: Any, state: LatentState, *inputs: Tensor) -> CompiledStep | None:
-    """The compiled form of a model's verbs; None where torch has to do it.
+    """The compiled ``observe`` and ``imagine`` of a model; None where torch has to compute them.
 
-    That is where weights aren't frozen or somebody wants a gradient, on a GPU, in another precision, for a state that
-    isn't this model's, and where ``native.available`` says so. Weights that are written behind autograd's back, through
-    ``p.data`` or numpy, and weights, units or parts that are exchanged for others by assignment need a ``forget``.
-    Hooks on parts aren't called.
+    That is where weights aren't frozen or a gradient is needed, on a GPU, in a precision other than float32, for a
+    state that isn't this model's, and where ``native_library`` gives None. Writes that autograd doesn't count, through
+    ``p.data`` or numpy, and weights, units or modules replaced by assignment need an ``invalidate``. Hooks of
+    submodules aren't called.
     """
     if inputs and not inputs[0].is_cpu:
         return None
@@ -41,16 +41,16 @@ def compiled_step(model: Any, state: LatentState, *inputs: Tensor) -> CompiledSt
     library = native_library("dream")
     if library is None:
         return None
-    form = made.get(model)
-    if not isinstance(form, CompiledStep) or form.stale(model):
+    cache = caches.get(model)
+    if not isinstance(cache, CompiledStep) or cache.stale(model):
         weights = [*_tensors(model), model.terminates]
         if any(t.requires_grad or t.is_inference() for t in weights):
-            forget(model)
-            return None  # an optimiser may write them, or anybody, without a count of it
+            invalidate(model)
+            return None  # they may be written without a new version number, which `stale` would miss
         if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in weights[:-1]):
             return None
-        form = made[model] = CompiledStep(model, library)
-    return form if form.takes(state) else None
+        cache = caches[model] = CompiledStep(model, library)
+    return cache if cache.accepts(state) else None
 
 
 @lru_cache
@@ -76,12 +76,12 @@ class _Call(ctypes.Structure):
 
 
 class CompiledStep(WeightCache):
-    """The weights of one WorldModel as they are when it is made, packed for dream.cpp."""
+    """The weights of one WorldModel as they were when it was constructed, packed for dream.cpp."""
 
     def __init__(self, model: Any, library: ctypes.CDLL):
         super().__init__(model)
         self.config, self._lib = model.config, library
-        self._made: Callable[[], LatentState | None] = lambda: None  # the state that it made last, while that lives
+        self._last_state: Callable[[], LatentState | None] = lambda: None  # weak: the state that it returned last
         config, flat = self.config, [t.detach().contiguous() for t in _tensors(model)]
         sizes = [getattr(config, name) for name in _SIZES]
         sizes += [len(config.pattern), int(config.draft), config.draft_frames, config.draft_width, config.draft_blocks]
@@ -99,12 +99,12 @@ class CompiledStep(WeightCache):
         ]
         self._Pointers = ctypes.c_void_p * len(self._layers)
 
-    def _signs(self) -> tuple[Any, ...]:
-        """Weights were copied when they were packed, so those that are written since are others too."""
-        return list(map(_version, self._weights)), *super()._signs()
+    def _signature(self) -> tuple[Any, ...]:
+        """With versions: packing copied the weights, so one that was written in place has changed too."""
+        return list(map(_version, self._weights)), *super()._signature()
 
-    def takes(self, state: LatentState) -> bool:
-        return self._made() is state or super().takes(state)
+    def accepts(self, state: LatentState) -> bool:
+        return self._last_state() is state or super().accepts(state)
 
     def __del__(self) -> None:
         if handle := getattr(self, "_handle", None):
@@ -113,7 +113,7 @@ class CompiledStep(WeightCache):
     def imagine(
         self, state: LatentState, actions: Tensor, *, decode: bool, sampled: bool, flow_steps: int
     ) -> tuple[LatentState, Imagined] | None:
-        """As ``WorldModel.imagine``, or None where the actions or the state are not as they must be."""
+        """As ``WorldModel.imagine``, or None where the model wouldn't accept the actions or the state."""
         batch, k, _ = actions.shape
         obs = actions.new_empty(batch, k, self.config.obs_dim)
         reward, terminated = actions.new_empty(batch, k), actions.new_empty(batch, k, dtype=torch.bool)
@@ -122,7 +122,7 @@ class CompiledStep(WeightCache):
         if sampled:
             step = state["age"][:, None] + torch.arange(k, device="cpu")
             noise = normal(state["seed"][:, None].expand_as(step), step, self.config.obs_dim)
-        call, after, _kept = self._call(state, actions, k)
+        call, after, _alive = self._call(state, actions, k)
         call.steps, call.grid = flow_steps, grid.data_ptr()
         call.noise = None if noise is None else noise.data_ptr()
         call.obs_out, call.reward, call.terminated = obs.data_ptr(), reward.data_ptr(), terminated.data_ptr()
@@ -131,32 +131,32 @@ class CompiledStep(WeightCache):
         return after, Imagined(obs if decode else None, reward, terminated)
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor) -> LatentState:
-        """As ``WorldModel.observe``, of frames that have been looked at: obs [B,T,O], actions [B,T,A]."""
-        for seen, played in zip(obs.split(self.config.chunk, 1), actions.split(self.config.chunk, 1), strict=True):
-            seen = seen.contiguous()
-            call, state, _kept = self._call(state, played, seen.shape[1])
-            call.seen = seen.data_ptr()
+        """As ``WorldModel.observe``, of checked frames: obs [B,T,O], actions [B,T,A]."""
+        for frames, act in zip(obs.split(self.config.chunk, 1), actions.split(self.config.chunk, 1), strict=True):
+            frames = frames.contiguous()
+            call, state, _alive = self._call(state, act, frames.shape[1])
+            call.seen = frames.data_ptr()
             self._lib.dream_observe(self._handle, ctypes.byref(call), torch.get_num_threads())
         return state
 
     def _call(self, state: LatentState, actions: Tensor, frames: int) -> tuple[_Call, LatentState, Any]:
-        """The call without what is particular to a verb, the state that it fills, and what must live as long."""
-        have = state.tensors
-        if self._made() is not state:
-            have = {name: t.contiguous() for name, t in have.items()}
-        new = {name: t if name == "seed" else torch.empty_like(t) for name, t in have.items()}
-        memory, written = (self._Pointers(*[x[name].data_ptr() for name in self._layers]) for x in (have, new))
+        """The fields that all calls share, the state that the call fills, and what its pointers refer to."""
+        old = state.tensors
+        if self._last_state() is not state:
+            old = {name: t.contiguous() for name, t in old.items()}
+        new = {name: t if name == "seed" else torch.empty_like(t) for name, t in old.items()}
+        memory, written = (self._Pointers(*[x[name].data_ptr() for name in self._layers]) for x in (old, new))
         call = _Call(state.batch, frames)
-        call.age, call.age_out = have["age"].data_ptr(), new["age"].data_ptr()
-        call.obs, call.last = have["obs"].data_ptr(), new["obs"].data_ptr()
+        call.age, call.age_out = old["age"].data_ptr(), new["age"].data_ptr()
+        call.obs, call.last = old["obs"].data_ptr(), new["obs"].data_ptr()
         call.memory, call.written = ctypes.addressof(memory), ctypes.addressof(written)
         if self.config.draft_frames > 1:
-            call.before, call.before_out = have["before"].data_ptr(), new["before"].data_ptr()
+            call.before, call.before_out = old["before"].data_ptr(), new["before"].data_ptr()
         actions = actions.contiguous()
         call.actions = actions.data_ptr()
         after = LatentState(new)
-        self._made = ref(after)
-        return call, after, (have, memory, written, actions)
+        self._last_state = ref(after)
+        return call, after, (old, memory, written, actions)
 
 
 def _tensors(model: Any) -> list[Tensor]:
@@ -179,8 +179,8 @@ def _tensors(model: Any) -> list[Tensor]:
         )
         out += [] if block.last else both(block.action.out_proj)
         out.append(block.mixing.log_rate if block.kind == "G" else block.mixing.relative_bias)
-    predict_reward = model.reward_head.layers
-    out += both(model.memory_reward_head, predict_reward[0], predict_reward[2], predict_reward[4])
+    reward_head = model.reward_head.layers
+    out += both(model.memory_reward_head, reward_head[0], reward_head[2], reward_head[4])
     if model.draft is not None:
         out += both(model.draft.in_proj)
         for block in model.draft.blocks:

@@ -1,4 +1,4 @@
-"""What is made of a model's weights while they are frozen, and how it knows that they are others by now."""
+"""Caches derived from a model's frozen weights, and the check whether the weights are still the same."""
 
 from __future__ import annotations
 
@@ -11,44 +11,47 @@ from torch import Tensor
 
 from world_model.state import LatentState
 
-_wanted = attrgetter("requires_grad")
-made: WeakKeyDictionary[Any, WeightCache] = WeakKeyDictionary()  # of each model: on a CPU one form, on a GPU another
+_requires_grad = attrgetter("requires_grad")
+caches: WeakKeyDictionary[Any, WeightCache] = WeakKeyDictionary()  # by model: a CompiledStep on a CPU, else CudaGraphs
 
 
-def forget(model: Any) -> None:
-    """Its weights are others now."""
-    made.pop(model, None)
+def invalidate(model: Any) -> None:
+    """Drop the model's cache, since its weights have changed."""
+    caches.pop(model, None)
 
 
 class WeightCache:
-    """The weights of one WorldModel as they are when it is made. It holds no model, which would never be let go."""
+    """Derived from the weights of one WorldModel as they were when it was constructed.
+
+    It holds no reference to the model: that would keep the model's entry in ``caches``, and so the model, alive.
+    """
 
     def __init__(self, model: Any):
         self._weights = [*model.parameters(), *model.buffers()]
-        self._known, self._place = self._signs(), model.tokens.position
+        self._cached_signature, self._position = self._signature(), model.tokens.position
         first = model.initial(1).tensors
         self._shapes = {name: (t.shape[1:], t.dtype) for name, t in first.items()}
         self._device = first["obs"].get_device()
         self._batch, self._sizes = -1, dict[str, torch.Size]()
 
-    def _signs(self) -> tuple[Any, ...]:
-        own = self._weights
-        return list(map(Tensor.data_ptr, own)), any(map(_wanted, own))
+    def _signature(self) -> tuple[Any, ...]:
+        weights = self._weights
+        return list(map(Tensor.data_ptr, weights)), any(map(_requires_grad, weights))
 
     def stale(self, model: Any) -> bool:
-        """Whether a weight's data were exchanged, or a weight was thawed, since."""
-        return model.tokens.position is not self._place or self._signs() != self._known
+        """Whether since then a weight's storage was replaced, or a weight was unfrozen."""
+        return model.tokens.position is not self._position or self._signature() != self._cached_signature
 
-    def takes(self, state: LatentState) -> bool:
-        """Whether the state is one of this model's: who is asked next looks at no shape."""
-        have = state.tensors
+    def accepts(self, state: LatentState) -> bool:
+        """Whether the state's tensors have this model's names, shapes, dtypes and device: kernels don't check them."""
+        tensors = state.tensors
         if state.batch != self._batch:
             self._batch = state.batch
             self._sizes = {name: torch.Size((state.batch, *shape)) for name, (shape, _) in self._shapes.items()}
-        return len(have) == len(self._shapes) and all(
-            name in have
-            and have[name].shape == self._sizes[name]
-            and have[name].dtype is dtype
-            and have[name].get_device() == self._device
+        return len(tensors) == len(self._shapes) and all(
+            name in tensors
+            and tensors[name].shape == self._sizes[name]
+            and tensors[name].dtype is dtype
+            and tensors[name].get_device() == self._device
             for name, (_, dtype) in self._shapes.items()
         )
