@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -57,8 +58,7 @@ class PlannerConfig:
             return MPPI(**size, candidates=candidates, std=std)
         if candidates < 2:
             raise ValueError(f"{self.planner} needs at least 2 candidates, got {candidates}")
-        planner = CEM if self.planner == "cem" else ICEM
-        elites = max(2, candidates // 10)
+        planner, elites = CEM if self.planner == "cem" else ICEM, max(2, candidates // 10)
         return planner(**size, candidates=candidates, elites=elites, std=std, min_std=min(0.01, std))
 
 
@@ -124,9 +124,8 @@ def plan(
     from world_model.contract import Dynamics
 
     world, env_id = _load(model, env)
-    planner = config.make()
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
-    run = control.plan(env_id, dynamics, planner, episodes=episodes, seed=seed)
+    run = control.plan(env_id, dynamics, config.make(), episodes=episodes, seed=seed)
     row = {
         "planner": config.planner,
         "evaluations": run.evaluations,
@@ -269,7 +268,6 @@ def compare(
     from kairos_gym.policies.ladder import load_policy
 
     _, env_id = _load(model, env)
-    success_fn = None if success is None else _function(success)
     comparison = compare(
         model,
         env_id,
@@ -280,7 +278,7 @@ def compare(
         context=config.context,
         chunk=config.chunk,
         limit=config.episode_steps,
-        success_fn=success_fn,
+        success_fn=None if success is None else _function(success),
         references=config.references,
     )
     folder = out or Path("reports") / f"{Path(model).name}-{env_id}".replace("/", "-")
@@ -384,8 +382,6 @@ def _function(name: str) -> Any:
 
 def _print_evaluations(out: Path) -> None:
     """The returns of the policies in ``out``, evaluation by evaluation."""
-    import json
-
     import numpy as np
 
     from kairos_gym.report import Cell, as_text

@@ -1,1 +1,1 @@
-"""Experience of real simulators: recorded, and found again."""
+"""Experience of real simulators, recorded and loaded."""

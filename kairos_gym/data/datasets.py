@@ -1,4 +1,4 @@
-"""Minari datasets: written, found again, and the simulators that they were recorded in."""
+"""Minari datasets, written and loaded, and the simulators that they were recorded in."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What learns: world models from experience, policies in dreams, both by turns."""
+"""Learning: world models from experience, policies in dreams, and both in turn."""

@@ -13,7 +13,7 @@ class TrainConfig:
 
     pattern: str = "SGDG"  # the layers, one letter each: S sliding window, D dilated sliding window, G gated delta rule
     chunk: int = 4  # the longest number of steps that one call imagines
-    draft: bool = True  # begin with the draft; without it, the plain transformer
+    draft: bool = True  # train a one-step draft first, which the transformer refines; without it, the plain transformer
     draft_steps: int = FitConfig.draft_steps  # optimiser updates of the draft
     steps: int = FitConfig.steps  # optimiser updates of the transformer
     held_out: int = 64  # how many episodes at the end of the dataset to leave for score

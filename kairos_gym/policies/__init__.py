@@ -1,1 +1,1 @@
-"""Policies: a ladder from doing nothing to skilled, clones, and those that learn."""
+"""Policies: a ladder from doing nothing to skilled, behaviour cloning, Stable-Baselines3's and SHAC."""

@@ -40,7 +40,7 @@ DREAMS_AN_UPDATE = 8  # steps of single dreams for each gradient update of SAC a
 
 
 class Evaluation(NamedTuple):
-    """What a policy earned from the same E starts, in the simulator and in the dream."""
+    """The returns of a policy from the same E starts, in the simulator and in the dream."""
 
     real: NDArray[np.float64]  # [E]
     imagined: NDArray[np.float64] | None  # [E]; None where nothing was dreamed
