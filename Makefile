@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install demo test test-fast lint check zoo
+.PHONY: install demo test test-fast lint check docs zoo
 
 install: $(READY)
 
@@ -33,6 +33,10 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 check: lint test-fast
+
+# The documentation as pages, in site/, from the files alone: it needs no network. The variable silences an advertisement.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # Trains the models that ship with the package anew, each with the command that its card holds.
 zoo: $(READY)
