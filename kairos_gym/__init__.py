@@ -32,14 +32,13 @@ _refuse_shadows()
 # Only now, since these import the packages that may be shadowed.
 import gymnasium  # noqa: E402
 
-from kairos_gym.dream.env import DreamEnv  # noqa: E402
-from kairos_gym.dream.vector_env import DreamVectorEnv  # noqa: E402
+from kairos_gym.dream.envs import DreamEnv, DreamVectorEnv  # noqa: E402
 from kairos_gym.models import load, shipped  # noqa: E402
 
 gymnasium.register(
     id="kairos_gym/Dream-v0",
-    entry_point="kairos_gym.dream.env:DreamEnv",
-    vector_entry_point="kairos_gym.dream.vector_env:DreamVectorEnv",
+    entry_point="kairos_gym.dream.envs:DreamEnv",
+    vector_entry_point="kairos_gym.dream.envs:DreamVectorEnv",
 )
 gymnasium.register(
     id="kairos_gym/CartPoleSwingUp-v0", entry_point="envs.swingup:CartPoleSwingUpEnv", max_episode_steps=250

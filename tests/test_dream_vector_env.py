@@ -18,7 +18,7 @@ from walks import Walk
 
 import kairos_gym
 from kairos_gym import DreamEnv, DreamVectorEnv
-from kairos_gym.dream.steps import InnerSteps, is_uneventful
+from kairos_gym.dream.steps import ImaginedArrays, all_continue
 from world_model.contract import Imagined, Spec
 from world_model.state import LatentState
 
@@ -478,7 +478,9 @@ def test_whether_a_step_is_plain_is_told_alike_on_any_device(what: str) -> None:
     obs[0, 1, 2] = {"nan": torch.nan, "inf": -torch.inf}.get(what, 1.0)
     imagined = Imagined(None if what == "undecoded" else obs, reward, ends)
     assert (
-        is_uneventful(imagined, InnerSteps.of(imagined)) == is_uneventful(imagined, None) == (what in ("", "undecoded"))
+        all_continue(imagined, ImaginedArrays.from_tensors(imagined))
+        == all_continue(imagined, None)
+        == (what in ("", "undecoded"))
     )
 
 

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamVectorEnv
 from world_model.contract import Dynamics
 
 try:
@@ -24,10 +24,9 @@ TRUST = ("error_bound", "confidence", "steps")  # see ``DreamEnv.step``
 class DreamVecEnv(VecEnv):
     """``num_envs`` dreams of ``model`` for Stable-Baselines3; a dream that ends begins again in the same step.
 
-    Takes all arguments of ``DreamVectorEnv`` but the autoreset mode. An ended dream's info has "terminal_observation";
-    every info has "TimeLimit.truncated", "trust" where it was asked for, and "non_finite" where the dream was lost.
-    ``get_attr``, ``set_attr`` and ``env_method`` reach each dream as a ``DreamEnv``. What was imagined inside the
-    chunks is in ``venv.dreams``.
+    Takes all arguments of ``DreamVectorEnv`` (``venv.dreams``) except autoreset_mode. Each info has
+    "TimeLimit.truncated", "trust" with max_error or confidence, and where the dream ended "terminal_observation" and
+    perhaps "non_finite". ``get_attr``, ``set_attr`` and ``env_method`` reach each dream as a ``DreamEnv``.
     """
 
     def __init__(self, model: str | Path | Dynamics, num_envs: int = 1, **kwargs: Any):
@@ -50,21 +49,22 @@ class DreamVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        obs, rewards, terminated, truncated, about = self.dreams.step(self._actions)
+        obs, rewards, terminated, truncated, vector_infos = self.dreams.step(self._actions)
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in self.rows]
         done = terminated | truncated
         if done.any():
-            lost = about["final_info"].get("non_finite", np.zeros_like(done))
+            non_finite = vector_infos["final_info"].get("non_finite", np.zeros_like(done))
             for b in np.flatnonzero(done):
-                infos[b]["terminal_observation"] = about["final_obs"][b]
+                infos[b]["terminal_observation"] = vector_infos["final_obs"][b]
                 infos[b]["TimeLimit.truncated"] = bool(truncated[b] and not terminated[b])
-                if lost[b]:
+                if non_finite[b]:
                     infos[b]["non_finite"] = True
-        if "trust" in about:
-            told = about["trust"]
-            if done.any():  # of an ended dream what it ended with, not what its next episode begins with
-                told = {key: np.where(done, about["final_info"]["trust"][key], told[key]) for key in TRUST}
-            for info, *values in zip(infos, *(told[key].tolist() for key in TRUST), strict=True):
+        if "trust" in vector_infos:
+            trust = vector_infos["trust"]
+            if done.any():  # an ended dream reports the bound at its end, not the one that its next episode begins with
+                final = vector_infos["final_info"]["trust"]
+                trust = {key: np.where(done, final[key], trust[key]) for key in TRUST}
+            for info, *values in zip(infos, *(trust[key].tolist() for key in TRUST), strict=True):
                 info["trust"] = dict(zip(TRUST, values, strict=True))
         return obs, rewards.astype(np.float32), done, infos
 

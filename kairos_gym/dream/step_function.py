@@ -1,69 +1,93 @@
-"""A user's own reward and termination in a dream: functions of whole batches, written in torch or in numpy."""
+"""A user's own reward and termination in a dream: functions of many steps at once, written in torch or in numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-StepFn = Callable[[Any, Any, Any], Any]
-"""``(obs, action, next_obs) -> [N]`` for N simulator steps at once; a reward each, or whether the episode ends there.
-
-obs and next_obs are elements of the observation space, stacked [N,...], within its bounds; action those of the
-simulator's single action space.
-"""
+from kairos_gym.dream.space_adapter import SpaceAdapter
+from world_model.contract import Imagined, StepFn
+from world_model.spaces import unflatten
 
 
 class StepFunction:
-    """Asks a user's function in torch and, where that fails at the first time, in numpy from then on."""
+    """Calls a user's function with tensors and, where its first call fails so, with numpy arrays from then on."""
 
     def __init__(self, name: str, function: StepFn):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function (obs, action, next_obs) -> [N], got {function!r}")
         self.name, self.function = name, function
-        self.in_numpy: bool | None = None  # not known before the first call
+        self.in_numpy: bool | None = None  # unknown before the first call
 
     def __call__(self, obs: Any, action: Any, next_obs: Any, like: Tensor) -> Tensor:
-        """What it says of N steps -> [N], of the dtype and device of ``like`` [N].
+        """The function's values of N steps -> [N], of the dtype and device of ``like`` [N].
 
-        Raises ValueError where the function fails both in torch and in numpy, returns another shape or something else
-        than numbers (of a termination: than bools), or passes no gradient on where one is wanted; what it raises itself
-        later on.
+        Raises ValueError where the function fails both in torch and in numpy, returns another shape or anything else
+        than numbers (a termination: than bools), or is written in numpy where a gradient is wanted. Later calls raise
+        what the function itself raises.
         """
         steps = (obs, action, next_obs)
-        if torch.is_grad_enabled() and _wants_gradient(steps):
+        if torch.is_grad_enabled() and _requires_grad(steps):
             if self.in_numpy:
                 raise ValueError(f"{self.name} is written in numpy, which passes no gradient on: write it in torch")
-            return self._ask(steps, like, False)
+            return self._call(steps, like, False)
         if self.in_numpy is not None:
-            return self._ask(steps, like, self.in_numpy)
+            return self._call(steps, like, self.in_numpy)
         try:
-            said, self.in_numpy = self._ask(steps, like, False), False
+            values, self.in_numpy = self._call(steps, like, False), False
         except Exception as in_torch:
             try:
-                said, self.in_numpy = self._ask(steps, like, True), True
+                values, self.in_numpy = self._call(steps, like, True), True
             except Exception as in_numpy:
                 raise ValueError(
                     f"{self.name} fails, asked with tensors ({in_torch}) and with numpy arrays ({in_numpy})"
                 ) from in_numpy
-        return said
+        return values
 
-    def _ask(self, steps: tuple[Any, Any, Any], like: Tensor, in_numpy: bool) -> Tensor:
-        answer = self.function(*(map(to_numpy, steps) if in_numpy else steps))
-        said = torch.as_tensor(answer, device=like.device)
-        if said.shape != like.shape:
-            raise ValueError(f"{self.name} must return one number a step, {list(like.shape)}, got {list(said.shape)}")
-        if (said.dtype == torch.bool) != (like.dtype == torch.bool):
-            raise ValueError(f"{self.name} must return {like.dtype}, got {said.dtype}")
-        return said.to(like.dtype)
+    def _call(self, steps: tuple[Any, Any, Any], like: Tensor, in_numpy: bool) -> Tensor:
+        output = self.function(*(map(to_numpy, steps) if in_numpy else steps))
+        values = torch.as_tensor(output, device=like.device)
+        if values.shape != like.shape:
+            raise ValueError(f"{self.name} must return one number a step, {list(like.shape)}, got {list(values.shape)}")
+        if (values.dtype == torch.bool) != (like.dtype == torch.bool):
+            raise ValueError(f"{self.name} must return {like.dtype}, got {values.dtype}")
+        return values.to(like.dtype)
 
 
-def _wants_gradient(x: Any) -> bool:
+class StepFunctions:
+    """``reward_fn`` and ``termination_fn`` of a dream, each a ``StepFn`` or None."""
+
+    def __init__(self, adapter: SpaceAdapter, reward_fn: StepFn | None, termination_fn: StepFn | None):
+        self.adapter = adapter
+        self.reward = None if reward_fn is None else StepFunction("reward_fn", reward_fn)
+        self.termination = None if termination_fn is None else StepFunction("termination_fn", termination_fn)
+
+    def apply(self, imagined: Imagined, before: Tensor | None, actions: Tensor) -> Imagined:
+        """Replace the model's rewards and terminations of actions [R,K,A], which began at ``before`` [R,O].
+
+        Raises ValueError where an observation is missing.
+        """
+        if imagined.obs is None or before is None:
+            raise ValueError("reward_fn and termination_fn judge observations, so no step may have decode=False")
+        spec = self.adapter.spec
+        path = self.adapter.clip(torch.cat([before[:, None], imagined.obs], 1))
+        steps = (
+            unflatten(spec.observation_space, path[:, :-1].flatten(0, 1)),
+            unflatten(spec.action_space, actions.flatten(0, 1).clone()),  # the function may change its arguments
+            unflatten(spec.observation_space, path[:, 1:].flatten(0, 1)),
+        )
+        reward, terminated = imagined.reward, imagined.terminated
+        if self.reward is not None:
+            reward = self.reward(*steps, reward.flatten()).view_as(reward)
+        if self.termination is not None:
+            terminated = self.termination(*steps, terminated.flatten()).view_as(terminated)
+        return Imagined(imagined.obs, reward, terminated)
+
+
+def _requires_grad(x: Any) -> bool:
     if isinstance(x, Tensor):
         return x.requires_grad
-    return any(map(_wants_gradient, x.values() if isinstance(x, dict) else x))
+    return any(map(_requires_grad, x.values() if isinstance(x, dict) else x))
 
 
 def to_numpy(x: Any) -> Any:
