@@ -16,6 +16,8 @@ from kairos_gym.cli import COMMANDS, main
 
 HOUSE = Path(__file__).parent.parent
 PAGES = {str(p.relative_to(HOUSE)): p for p in (*HOUSE.glob("*.md"), *sorted((HOUSE / "docs").rglob("*.md")))}
+FOLDERS = ("world_model", "planners", "envs", "kairos_gym", "docs", "tests")
+OURS = [*HOUSE.glob("*"), *(path for folder in FOLDERS for path in (HOUSE / folder).rglob("*.*"))]
 # A block of code: whether it is marked "no-run", its language, the file that it is to be saved as, its text.
 BLOCK = re.compile(r'^(<!-- no-run -->\n+)?```(\w*)(?: title="(\S+)")?\n(.*?)^```$', re.M | re.S)
 SLOW = ("docs/howto/many-dreams.md", "docs/howto/robosuite.md", "docs/tutorials/plan.md", "docs/tutorials/report.md")
@@ -93,3 +95,20 @@ def test_api_reference_is_whole() -> None:
     left_out = ("kairos_gym.bench", "kairos_gym.cli", "kairos_gym.demo", "kairos_gym.plots", "kairos_gym.report")
     wanted = {name for name, path in FILES.items() if path.name != "__init__.py" and not name.startswith(left_out)}
     assert shown == wanted
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page: str) -> None:
+    if page in ("CHANGELOG.md", "docs/results.md", "docs/stable-worldmodel.md"):
+        pytest.skip("it also names what was, or what others have")
+    text = PAGES[page].read_text()
+    sources = [text[block.start() : block.end()] for block in BLOCK.finditer(text)]
+    sources += [path.read_text() for path in OURS if path.suffix in (".py", ".cpp", ".h")]
+    words = {word for source in sources for word in re.findall(r"\w+", source)}
+    words |= {part for path in OURS for part in (path.name, *path.name.split("."), path.parent.name)}
+    for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", BLOCK.sub("", text)):
+        if re.match(rf"({'|'.join(FOLDERS)})/[\w/.]*$", code):
+            assert (HOUSE / code).exists(), f"{page} names {code}"
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", code) and code not in words:
+            unknown = set(code.split(".")) - words
+            assert not unknown, f"{page} names {code}, and there is no {unknown}"
