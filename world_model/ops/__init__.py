@@ -1,1 +1,1 @@
-"""One operation a file, or a few side by side: a slow truth in torch, compiled forms for a CPU and a GPU."""
+"""The operations: each has a reference in torch, and compiled forms for a CPU and a GPU."""

@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes alone, made once a device: to copy them there for every pass would make a GPU wait."""
+"""Tensors that depend on sizes alone, cached per device, since copying them for every pass would stall a GPU."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _holders: list[list[Any]] = []
 
 
 def constant(make: Callable[P, T]) -> Callable[P, T]:
-    """``make``, whose results are kept for the last 256 sets of arguments; they serve training too."""
-    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(make))
+    """Decorate ``make`` to cache its last 256 results, made outside inference mode so that autograd can use them."""
+    cached = lru_cache(maxsize=256)(torch.inference_mode(False)(make))
 
     @wraps(make)
     def get(*args: P.args, **kwargs: P.kwargs) -> T:
-        made = kept(*args, **kwargs)  # type: ignore[arg-type]
+        result = cached(*args, **kwargs)  # type: ignore[arg-type]
         for holder in _holders:
-            holder.append(made)
-        return made
+            holder.append(result)
+        return result
 
     return get
 
 
 @contextmanager
 def held() -> Iterator[list[Any]]:
-    """The constants that are asked for meanwhile: a CUDA graph reads them by address, kept here or not."""
+    """Collect the constants used meanwhile: a CUDA graph reads them by address, so they must outlive the cache."""
     holder: list[Any] = []
     _holders.append(holder)
     try:
@@ -43,5 +43,5 @@ def held() -> Iterator[list[Any]]:
 
 @constant
 def index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [N] of these."""
+    """int64 [N], as a constant."""
     return torch.tensor(values, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""A whole G layer's mixing in compiled code, forward and backward: ``delta_layer_torch`` on a CPU."""
+"""A whole G layer's mixing in compiled code on a CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -48,35 +48,35 @@ class _Mixing(torch.autograd.Function):
         library: ctypes.CDLL,
     ) -> tuple[Tensor, Tensor, Tensor]:
         log_rate, state = log_rate.contiguous(), state.contiguous()
-        given = (world, action, gates_world, gates_action, log_rate, state)
+        inputs = (world, action, gates_world, gates_action, log_rate, state)
         (batch, heads, _, d), inner = state.shape, world.shape[-1] // 3
         reads = reads_struct(at, sizes[0] * (world.shape[2] + 1))
         mixed = [x.new_empty(*x.shape[:-1], inner) for x in (world, action)]
         final, out = torch.empty_like(state), state.new_empty(batch, heads, len(at), d)
         saved = None
-        call = _mix(given, sizes)
+        call = _mix(inputs, sizes)
         if any(ctx.needs_input_grad):
             saved = state.new_empty(batch, heads, reads.chunks, d, -(-d // 16) * 16)
             call.saved = saved.data_ptr()
         call.out_world, call.out_action, call.final, call.out = (x.data_ptr() for x in (*mixed, final, out))
         library.mix_forward(ctypes.byref(call), ctypes.byref(reads))
-        ctx.save_for_backward(*given, out, saved, final)
+        ctx.save_for_backward(*inputs, out, saved, final)
         ctx.at, ctx.sizes, ctx.library = at, sizes, library
         return mixed[0], mixed[1], final
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward()
-        *given, out, saved, final = ctx.saved_tensors
+        *inputs, out, saved, final = ctx.saved_tensors
         grad_outputs = tuple(x.contiguous() for x in grad_outputs)
-        grads = [x.new_empty(x.shape) for x in given]
-        call = _mix(given, ctx.sizes)
+        grads = [x.new_empty(x.shape) for x in inputs]
+        call = _mix(inputs, ctx.sizes)
         call.out, call.saved, call.final = out.data_ptr(), saved.data_ptr(), final.data_ptr()
         call.dout_world, call.dout_action, call.dfinal = (x.data_ptr() for x in grad_outputs)
         names = ("dworld", "daction", "dgates_world", "dgates_action", "dlog_rate", "dstate")
         for name, grad in zip(names, grads, strict=True):
             setattr(call, name, grad.data_ptr())
-        reads = reads_struct(ctx.at, ctx.sizes[0] * (given[0].shape[2] + 1))
+        reads = reads_struct(ctx.at, ctx.sizes[0] * (inputs[0].shape[2] + 1))
         ctx.library.mix_backward(ctypes.byref(call), ctypes.byref(reads))
         return *grads, None, None, None
 
@@ -92,21 +92,21 @@ def delta_layer_cpu(
 ) -> tuple[Streams, Tensor]:
     """As ``delta_layer_torch``, for at least one clean frame -> outputs [B,F,P,I], [B,F,1,I], the memory [B,H,d,d].
 
-    at: after how many keys each query reads that is not left out. sizes: clean frames, frames of a noisy chunk, and
-    how many queries are left out, whose outputs are zero.
+    sizes: clean frames, frames of a noisy chunk, and how many queries are left out first, whose outputs are zero. at:
+    after how many keys each of the others reads.
     """
     inputs = detached_without_grad(*qkv, *gates, log_rate, state)
     world, action, final = _Mixing.apply(*inputs, tuple(at), sizes, library)
     return Streams(world, action), final
 
 
-def _mix(given: Sequence[Tensor], sizes: tuple[int, int, int]) -> _Mix:
-    world, action, gates_world, gates_action, log_rate, state = given
+def _mix(inputs: Sequence[Tensor], sizes: tuple[int, int, int]) -> _Mix:
+    world, action, gates_world, gates_action, log_rate, state = inputs
     batch, frames, tokens, _ = world.shape
     heads, d = state.shape[1], state.shape[-1]
-    rows = [x.flatten(0, -2) for x in (world, action, gates_world, gates_action)]  # views: their rows are evenly apart
+    rows = [x.flatten(0, -2) for x in (world, action, gates_world, gates_action)]  # views: their rows are evenly spaced
     call = _Mix(batch, frames, tokens, heads, d, *sizes, *(x.stride(0) for x in rows))
     call.world, call.action, call.gates_world, call.gates_action = (x.data_ptr() for x in rows)
     call.log_rate, call.state = log_rate.data_ptr(), state.data_ptr()
-    call.kept = rows
+    call.alive = rows  # the pointers refer to these
     return call

@@ -1,4 +1,4 @@
-"""The gated delta rule in compiled code, forward and backward: what ``delta_rule_chunked`` computes, on a CPU."""
+"""The gated delta rule in compiled code on a CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _CHUNK = 16  # as in delta.cpp
 
 
 class _Shape(ctypes.Structure):
+    """The struct Shape of delta.cpp."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "H", "T", "R", "d", "e")),
         *((name, ctypes.c_int64 * 3) for name in ("q", "k", "v")),
@@ -26,6 +28,8 @@ class _Shape(ctypes.Structure):
 
 
 class _Tensors(ctypes.Structure):
+    """The struct Tensors of delta.cpp."""
+
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
@@ -37,7 +41,7 @@ class _Tensors(ctypes.Structure):
 
 @lru_cache(maxsize=256)
 def _reads(at: tuple[int, ...], total: int) -> tuple[Any, Any, Any]:
-    """``reads_by_chunk`` as delta.cpp takes it."""
+    """``reads_by_chunk`` as C arrays."""
     reads = reads_by_chunk(at, -(-total // _CHUNK), _CHUNK)
     return tuple((ctypes.c_int32 * max(len(x), 1))(*x) for x in reads)  # type: ignore[return-value]
 
@@ -95,22 +99,22 @@ def delta_rule_cpu(
     state: Tensor,
     at: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """As ``delta_rule_chunked``, of float32 tensors on the CPU and at least one key."""
+    """As ``delta_rule_chunked``, for float32 tensors on the CPU and at least one key."""
     inputs = detached_without_grad(q, k, v, log_alpha, beta, state)
     return _Delta.apply(*inputs, tuple(at), library)  # type: ignore[no-any-return]
 
 
 def detached_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, detached where no gradient is recorded: autograd would tell a Function that weights want one."""
+    """Detach the tensors if gradients are disabled: ``needs_input_grad`` of a Function is True even then."""
     return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
 
 
 def reads_struct(at: tuple[int, ...], total: int) -> _Shape:
-    """The C struct with the read times alone filled in."""
+    """The C struct with only the read times filled in."""
     order, upto, first = _reads(at, total)
     shape = _Shape(chunks=len(first) - 1)
     shape.order, shape.upto, shape.first = map(ctypes.addressof, (order, upto, first))
-    shape.kept = (order, upto, first)  # the pointers are to these
+    shape.alive = (order, upto, first)  # the pointers refer to these
     return shape
 
 

@@ -1,4 +1,4 @@
-"""The gated delta rule on a GPU: few keys are streamed one by one, many are written by chunks, with gradients too."""
+"""The gated delta rule on a GPU: few keys are written one by one; many, or with gradients, by chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from world_model.ops.delta_rule_reads import reads_by_chunk
 from world_model.ops.dispatch import forbid_double_backward, needs_grad
 from world_model.ops.triton_primitives import dot
 
-_CHUNK = 16  # keys that are written at once, and reads that are answered at once
+_CHUNK = 16  # keys of a chunk, and reads in one tile
 
 
 @triton.jit
@@ -29,29 +29,29 @@ def _stream(  # type: ignore[no-untyped-def]
     b, h = row // heads, row % heads
     d, e = tl.arange(0, BLOCK_D), tile * BLOCK_E + tl.arange(0, BLOCK_E)
     in_d, in_e = d < D, e < E
-    here = row * E * D + e[None, :] * D + d[:, None]
-    memory = tl.load(state + here, mask=in_d[:, None] & in_e[None, :], other=0.0).to(tl.float32)  # [d,e]
+    offset = row * E * D + e[None, :] * D + d[:, None]
+    memory = tl.load(state + offset, mask=in_d[:, None] & in_e[None, :], other=0.0).to(tl.float32)  # [d,e]
     for n in range(total + 1):
         if n > 0:
             t = n - 1
             key = tl.load(k + b * k_batch + h * k_head + t * k_token + d, mask=in_d, other=0.0).to(tl.float32)
             value = tl.load(v + b * v_batch + h * v_head + t * v_token + e, mask=in_e, other=0.0).to(tl.float32)
             memory = memory * tl.exp(tl.load(log_alpha + row * total + t).to(tl.float32))
-            wrong = value - tl.sum(memory * key[:, None], 0)
-            wrong = wrong * tl.load(beta + row * total + t).to(tl.float32)
-            memory = memory + key[:, None] * wrong[None, :]
+            delta = value - tl.sum(memory * key[:, None], 0)
+            delta = delta * tl.load(beta + row * total + t).to(tl.float32)
+            memory = memory + key[:, None] * delta[None, :]
         for r in range(tl.load(first + n), tl.load(first + n + 1)):
-            which = tl.load(order + r)
-            query = tl.load(q + b * q_batch + h * q_head + which * q_token + d, mask=in_d, other=0.0).to(tl.float32)
-            told = tl.sum(memory * query[:, None], 0) * scale
-            tl.store(out + (row * reads + which) * E + e, told, mask=in_e)
+            index = tl.load(order + r)
+            query = tl.load(q + b * q_batch + h * q_head + index * q_token + d, mask=in_d, other=0.0).to(tl.float32)
+            out_r = tl.sum(memory * query[:, None], 0) * scale
+            tl.store(out + (row * reads + index) * E + e, out_r, mask=in_e)
     if total > 0:
-        tl.store(final + here, memory, mask=in_d[:, None] & in_e[None, :])
+        tl.store(final + offset, memory, mask=in_d[:, None] & in_e[None, :])
 
 
 @triton.jit
 def _inverse(lower, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(I + lower)^-1 [C,C] by substitution, which is exact also where keys resemble one another."""
+    """(I + lower)^-1 [C,C] by substitution, which is exact also where keys are correlated."""
     i = tl.arange(0, C)
     inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for n in range(C):
@@ -61,25 +61,37 @@ def _inverse(lower, C: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _written(key, value, log_alpha, beta, memory, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How a chunk of keys [C,d] writes onto memory [d,e].
-
-    -> g, the log of the product of alphas up to each key [C]; g of them all; what each key finds of those before it
-    [C,C]; (I + L)^-1 [C,C], where L is beta times that; what memory answers each key amiss [C,e]; and u [C,e].
-    """
-    i = tl.arange(0, C)
-    g = tl.sum(tl.where(i[:, None] >= i[None, :], log_alpha[None, :], 0.0), 1)  # all in one order: it never grows
-    end = tl.sum(tl.where(i == C - 1, g, 0.0), 0)
-    gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
-    alike = dot(key, tl.trans(key)) * tl.exp(gap)
-    inverse = _inverse(beta[:, None] * alike, C)
-    wrong = value - tl.exp(g)[:, None] * dot(key, memory)
-    return g, end, alike, inverse, wrong, dot(inverse, beta[:, None] * wrong)
+def _load_chunk(k, v, log_alpha, beta, k_token, v_token, t, d, e, in_t, in_d, in_e):  # type: ignore[no-untyped-def]
+    """Keys [C,d] and values [C,e] at tokens t, log alpha and beta [C], in float32."""
+    key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
+    value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
+    log_alpha_t = tl.maximum(tl.load(log_alpha + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
+    beta_t = tl.load(beta + t, mask=in_t, other=0.0).to(tl.float32)
+    return key.to(tl.float32), value.to(tl.float32), log_alpha_t, beta_t
 
 
 @triton.jit
-def _seen(n, g, scale, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What reads after n [R] keys of a chunk see of each u [R,C], and of the memory before the chunk [R]."""
+def _chunk_writes(key, value, log_alpha, beta, memory, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a chunk of keys [C,d] writes to memory [d,e].
+
+    -> g, the log of the product of alphas up to each key [C]; g at the chunk's end; the decayed products of each key
+    with those before it [C,C]; (I + L)^-1 [C,C], where L is beta times those; the error of the memory's output for each
+    key [C,e]; u [C,e].
+    """
+    i = tl.arange(0, C)
+    # One order of summation for all keys, so that rounding never lets g grow.
+    g = tl.sum(tl.where(i[:, None] >= i[None, :], log_alpha[None, :], 0.0), 1)
+    end = tl.sum(tl.where(i == C - 1, g, 0.0), 0)
+    gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
+    products = dot(key, tl.trans(key)) * tl.exp(gap)
+    inverse = _inverse(beta[:, None] * products, C)
+    error = value - tl.exp(g)[:, None] * dot(key, memory)
+    return g, end, products, inverse, error, dot(inverse, beta[:, None] * error)
+
+
+@triton.jit
+def _read_weights(n, g, scale, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weights of each u [R,C], and of the memory before the chunk [R], in reads after n [R] keys of the chunk."""
     i = tl.arange(0, C)
     upto = tl.sum(tl.where(i[None, :] == n[:, None] - 1, g[None, :], 0.0), 1)
     gap = tl.where(i[None, :] < n[:, None], upto[:, None] - g[None, :], float("-inf"))
@@ -91,38 +103,58 @@ def _forward(  # type: ignore[no-untyped-def]
     q, k, v, log_alpha, beta, state, out, final, saved, order, seen, first,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, total, reads, chunks, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = row // heads, row % heads
     i, d, e = tl.arange(0, C), tl.arange(0, BLOCK_D), tile * BLOCK_E + tl.arange(0, BLOCK_E)
     in_d, in_e = d < D, e < E
-    here, inside = e[None, :] * D + d[:, None], in_d[:, None] & in_e[None, :]
+    offset, inside = e[None, :] * D + d[:, None], in_d[:, None] & in_e[None, :]
     q, k, v = q + b * q_batch + h * q_head, k + b * k_batch + h * k_head, v + b * v_batch + h * v_head
-    memory = tl.load(state + row * E * D + here, mask=inside, other=0.0)  # [d,e]
+    memory = tl.load(state + row * E * D + offset, mask=inside, other=0.0)  # [d,e]
     for c in range(chunks):
-        if KEEP:
-            tl.store(saved + (row * chunks + c) * E * D + here, memory, mask=inside)
+        if SAVE:
+            tl.store(saved + (row * chunks + c) * E * D + offset, memory, mask=inside)
         t = c * C + i
         in_t = t < total
-        key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
-        value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        log_alpha_t = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
-        beta_t = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
-        key = key.to(tl.float32)
-        g, end, _, _, _, u = _written(key, value.to(tl.float32), log_alpha_t, beta_t, memory, C)
+        key, value, log_alpha_t, beta_t = _load_chunk(
+            k, v, log_alpha + row * total, beta + row * total, k_token, v_token, t, d, e, in_t, in_d, in_e
+        )
+        g, end, _, _, _, u = _chunk_writes(key, value, log_alpha_t, beta_t, memory, C)
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
             in_r = r + i < last
-            which, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
-            query = tl.load(q + which[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
+            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
+            query = tl.load(q + index[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
             query = query.to(tl.float32)
-            new, old = _seen(n, g, scale, C)
-            told = dot(new * dot(query, tl.trans(key)), u) + old[:, None] * dot(query, memory)
-            told_at = out + (row * reads + which[:, None]) * E + e[None, :]
-            tl.store(told_at, told, mask=in_r[:, None] & in_e[None, :])
+            new, old = _read_weights(n, g, scale, C)
+            out_r = dot(new * dot(query, tl.trans(key)), u) + old[:, None] * dot(query, memory)
+            out_at = out + (row * reads + index[:, None]) * E + e[None, :]
+            tl.store(out_at, out_r, mask=in_r[:, None] & in_e[None, :])
         memory = tl.exp(end) * memory + dot(tl.trans(key), tl.exp(end - g)[:, None] * u)
-    tl.store(final + row * E * D + here, memory, mask=inside)
+    tl.store(final + row * E * D + offset, memory, mask=inside)
+
+
+@triton.jit
+def _writes_backward(  # type: ignore[no-untyped-def]
+    key, beta, memory, g, products, inverse, error, u, du, earlier, dmemory, dlog_alpha, C: tl.constexpr
+):  # fmt: skip
+    """From the gradient du [C,e] through ``_chunk_writes`` -> dkey, dvalue, dlog_alpha, dbeta and dmemory.
+
+    earlier, dmemory and dlog_alpha: what they are without these writes. See ``_backward`` for ``earlier``.
+    """
+    i = tl.arange(0, C)
+    du = dot(tl.trans(inverse), du)  # from here on of the system's right side
+    dlower = -dot(du, tl.trans(u))  # counts below the diagonal, as ``products`` does
+    gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
+    dproducts = beta[:, None] * tl.exp(gap) * dlower
+    later = dot(dproducts, key) - (beta * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
+    earlier += dot(tl.trans(dproducts), key)
+    dmemory -= dot(tl.trans(key), (beta * tl.exp(g))[:, None] * du)
+    dg = tl.sum(key * (later - earlier), 1)  # summed by no scan: github.com/triton-lang/triton/issues/4362
+    dlog_alpha += tl.sum(tl.where(i[:, None] >= i[None, :], dg[:, None], 0.0), 0)
+    dbeta = tl.sum(du * error, 1) + tl.sum(dlower * products, 1)
+    return later + earlier, beta[:, None] * du, dlog_alpha, dbeta, dmemory
 
 
 @triton.jit
@@ -133,26 +165,25 @@ def _backward(  # type: ignore[no-untyped-def]
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part = tile * tl.num_programs(0) + row  # of what all tiles of e have a share in
+    part = tile * tl.num_programs(0) + row  # of gradients that are summed over the tiles of e
     b, h = row // heads, row % heads
     i, d, e = tl.arange(0, C), tl.arange(0, BLOCK_D), tile * BLOCK_E + tl.arange(0, BLOCK_E)
     in_d, in_e = d < D, e < E
-    here, inside = e[None, :] * D + d[:, None], in_d[:, None] & in_e[None, :]
+    offset, inside = e[None, :] * D + d[:, None], in_d[:, None] & in_e[None, :]
     q, k, v = q + b * q_batch + h * q_head, k + b * k_batch + h * k_head, v + b * v_batch + h * v_head
-    dmemory = tl.load(dfinal + row * E * D + here, mask=inside, other=0.0)  # [d,e]
-    for back in range(chunks):
-        c = chunks - 1 - back
+    dmemory = tl.load(dfinal + row * E * D + offset, mask=inside, other=0.0)  # [d,e]
+    for step in range(chunks):
+        c = chunks - 1 - step
         t = c * C + i
         in_t = t < total
-        memory = tl.load(saved + (row * chunks + c) * E * D + here, mask=inside, other=0.0)
-        key = tl.load(k + t[:, None] * k_token + d[None, :], mask=in_t[:, None] & in_d[None, :], other=0.0)
-        value = tl.load(v + t[:, None] * v_token + e[None, :], mask=in_t[:, None] & in_e[None, :], other=0.0)
-        log_alpha_t = tl.maximum(tl.load(log_alpha + row * total + t, mask=in_t, other=0.0).to(tl.float32), -100.0)
-        beta_t = tl.load(beta + row * total + t, mask=in_t, other=0.0).to(tl.float32)
-        key = key.to(tl.float32)
-        g, end, alike, inverse, wrong, u = _written(key, value.to(tl.float32), log_alpha_t, beta_t, memory, C)
+        memory = tl.load(saved + (row * chunks + c) * E * D + offset, mask=inside, other=0.0)
+        key, value, log_alpha_t, beta_t = _load_chunk(
+            k, v, log_alpha + row * total, beta + row * total, k_token, v_token, t, d, e, in_t, in_d, in_e
+        )
+        g, end, products, inverse, error, u = _chunk_writes(key, value, log_alpha_t, beta_t, memory, C)
 
-        # Where an exponent has +g_i a key's gradient is ``later``, where it has -g_j ``earlier``: then dg is k . both.
+        # A key's gradient has two parts, ``later`` from terms with +g_i in an exponent and ``earlier`` from those with
+        # -g_j, since dg = key . (later - earlier).
         left = tl.exp(end - g)[:, None]
         du, earlier = left * dot(key, dmemory), left * dot(u, tl.trans(dmemory))
         dlog_alpha_t = tl.zeros([C], tl.float32) + tl.exp(end) * tl.sum(dmemory * memory) + tl.sum(key * earlier)
@@ -160,43 +191,36 @@ def _backward(  # type: ignore[no-untyped-def]
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
             in_r = r + i < last
-            which, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
-            query = tl.load(q + which[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
-            gain = dout + (row * reads + which[:, None]) * E + e[None, :]
-            gain = tl.load(gain, mask=in_r[:, None] & in_e[None, :], other=0.0).to(tl.float32)
+            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
+            query = tl.load(q + index[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
+            dout_r = dout + (row * reads + index[:, None]) * E + e[None, :]
+            dout_r = tl.load(dout_r, mask=in_r[:, None] & in_e[None, :], other=0.0).to(tl.float32)
             query = query.to(tl.float32)
-            new, old = _seen(n, g, scale, C)
-            dscore = new * dot(gain, tl.trans(u))
-            dquery = dot(dscore, key) + old[:, None] * dot(gain, tl.trans(memory))
-            du += dot(tl.trans(new * dot(query, tl.trans(key))), gain)
+            new, old = _read_weights(n, g, scale, C)
+            dscore = new * dot(dout_r, tl.trans(u))
+            dquery = dot(dscore, key) + old[:, None] * dot(dout_r, tl.trans(memory))
+            du += dot(tl.trans(new * dot(query, tl.trans(key))), dout_r)
             earlier += dot(tl.trans(dscore), query)
             dlog_alpha_t += tl.sum(tl.where(i[None, :] < n[:, None], tl.sum(query * dquery, 1)[:, None], 0.0), 0)
-            dmemory += dot(tl.trans(old[:, None] * query), gain)
-            dquery_at = dq + (part * reads + which[:, None]) * D + d[None, :]
+            dmemory += dot(tl.trans(old[:, None] * query), dout_r)
+            dquery_at = dq + (part * reads + index[:, None]) * D + d[None, :]
             tl.store(dquery_at, dquery, mask=in_r[:, None] & in_d[None, :])
 
-        du = dot(tl.trans(inverse), du)  # from here on of the right side
-        dlower = -dot(du, tl.trans(u))  # counts where ``alike`` does, below the diagonal
-        gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], float("-inf"))
-        dalike = beta_t[:, None] * tl.exp(gap) * dlower
-        later = dot(dalike, key) - (beta_t * tl.exp(g))[:, None] * dot(du, tl.trans(memory))
-        earlier += dot(tl.trans(dalike), key)
-        dmemory -= dot(tl.trans(key), (beta_t * tl.exp(g))[:, None] * du)
-        dg = tl.sum(key * (later - earlier), 1)  # summed up by no scan: github.com/triton-lang/triton/issues/4362
-        dlog_alpha_t += tl.sum(tl.where(i[:, None] >= i[None, :], dg[:, None], 0.0), 0)
-        dbeta_t = tl.sum(du * wrong, 1) + tl.sum(dlower * alike, 1)
+        dkey, dvalue, dlog_alpha_t, dbeta_t, dmemory = _writes_backward(
+            key, beta_t, memory, g, products, inverse, error, u, du, earlier, dmemory, dlog_alpha_t, C
+        )
         dkey_at = dk + (part * total + t[:, None]) * D + d[None, :]
         dvalue_at = dv + (row * total + t[:, None]) * E + e[None, :]
-        tl.store(dkey_at, later + earlier, mask=in_t[:, None] & in_d[None, :])
-        tl.store(dvalue_at, beta_t[:, None] * du, mask=in_t[:, None] & in_e[None, :])
+        tl.store(dkey_at, dkey, mask=in_t[:, None] & in_d[None, :])
+        tl.store(dvalue_at, dvalue, mask=in_t[:, None] & in_e[None, :])
         tl.store(dlog_alpha + part * total + t, dlog_alpha_t, mask=in_t)
         tl.store(dbeta + part * total + t, dbeta_t, mask=in_t)
-    tl.store(dstate + row * E * D + here, dmemory, mask=inside)
+    tl.store(dstate + row * E * D + offset, dmemory, mask=inside)
 
 
 @constant
 def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Reads in the order of time [R], and from which one on they come after n keys [T+2]."""
+    """The reads in time order [R], and the position in it of the first read after at least n keys [T+2]."""
     order = sorted(range(len(at)), key=at.__getitem__)
     first = [sum(n < key for n in at) for key in range(total + 2)]
     return torch.tensor(order, dtype=torch.int64, device=device), torch.tensor(first, device=device)
@@ -209,28 +233,28 @@ def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tupl
     return order, seen, first
 
 
-def _write(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: tuple[int, ...], keep: bool
+def _run_chunks(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: tuple[int, ...], save: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By chunks -> answers, the memory after, and where it is kept for the way back, that before each chunk."""
+    """By chunks -> outputs, final state and, if ``save``, for the backward pass the state before each chunk."""
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     chunks = max(triton.cdiv(total, _CHUNK), 1)
     out, final = q.new_empty(batch, heads, reads, e), torch.empty_like(state)
-    saved = state.new_empty(batch, heads, chunks, e, d) if keep else None
+    saved = state.new_empty(batch, heads, chunks, e, d) if save else None
     tiles, blocks = _blocks(d, e)
     _forward[(batch * heads, tiles)](
         q, k, v, log_alpha, beta, state, out, final, saved, *_chunk_reads(at, chunks, q.device),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        heads, total, reads, chunks, d**-0.5, **blocks, KEEP=keep,
+        heads, total, reads, chunks, d**-0.5, **blocks, SAVE=save,
     )  # fmt: skip
     return out, final, saved
 
 
 def _blocks(d: int, e: int) -> tuple[int, dict[str, int]]:
-    """Into how many tiles e is cut, and the sizes of a program that writes by chunks.
+    """The number of tiles that e is cut into, and the sizes of a program that writes by chunks.
 
-    Products want 16 and more of everything. Beyond that sizes are small, warps many and loads not ahead of time, since
-    in products of full float32 each thread holds whole rows: larger programs have more than there are registers for.
+    ``tl.dot`` needs at least 16 of everything. Beyond that sizes are small, warps many and loads not pipelined: in
+    products of full float32 each thread holds whole rows, so larger programs run out of registers.
     """
     block_d = max(16, triton.next_power_of_2(d))
     block_e = 32 if e > 16 and block_d <= 32 else 16
@@ -242,15 +266,15 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.at = args
-        out, final, saved = _write(*_ready(*tensors), ctx.at, keep=True)
+        out, final, saved = _run_chunks(*_contiguous(*tensors), ctx.at, save=True)
         ctx.save_for_backward(*tensors, saved)
         return out, final
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward()
-        *given, saved = ctx.saved_tensors
-        q, k, v, log_alpha, beta, state = _ready(*given)
+        *inputs, saved = ctx.saved_tensors
+        q, k, v, log_alpha, beta, state = _contiguous(*inputs)
         (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
         tiles, blocks = _blocks(d, e)
         dq, dk = (saved.new_empty(tiles, batch, heads, n, d) for n in (reads, total))
@@ -263,13 +287,13 @@ class _Delta(torch.autograd.Function):
             heads, total, reads, saved.shape[2], d**-0.5, **blocks,
         )  # fmt: skip
         grads = (dq.sum(0), dk.sum(0), dv, dlog_alpha.sum(0), dbeta.sum(0), dstate)
-        return *(grad.to(x.dtype) for grad, x in zip(grads, given, strict=True)), None
+        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
 
 
-def _ready(
+def _contiguous(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the kernels take them: a token's numbers side by side, gates and memory without gaps."""
+    """As the kernels need them: a token's numbers side by side, gates and state contiguous, the state in float32."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v, log_alpha.contiguous(), beta.contiguous(), state.float().contiguous()
 
@@ -277,19 +301,19 @@ def _ready(
 def delta_rule_triton(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor, at: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """As ``delta.delta_recurrent``; tokens in any float dtype, the memory in float32.
+    """As ``delta_rule_recurrent``; tokens in any float dtype, the state in float32.
 
-    d at most 256, or 128 with gradients; of e each program takes 32 at most, so more programs share a wide head.
+    Raises ValueError for d above 256, or above 128 with gradients. A program handles at most 32 of e.
     """
     (batch, heads, reads, d), total, e = q.shape, k.shape[2], v.shape[-1]
     tensors = (q, k, v, log_alpha, beta, state)
-    if d > (most := 128 if needs_grad(*tensors) else 256):
-        raise ValueError(f"a head of this kernel has at most {most} numbers here, got {d}")
+    if d > (largest := 128 if needs_grad(*tensors) else 256):
+        raise ValueError(f"a head of this kernel has at most {largest} numbers here, got {d}")
     if needs_grad(*tensors):
         return _Delta.apply(*tensors, tuple(at))  # type: ignore[no-any-return]
-    q, k, v, log_alpha, beta, state = _ready(*tensors)
+    q, k, v, log_alpha, beta, state = _contiguous(*tensors)
     if total > _CHUNK and d <= 128:
-        return _write(q, k, v, log_alpha, beta, state, tuple(at), keep=False)[:2]
+        return _run_chunks(q, k, v, log_alpha, beta, state, tuple(at), save=False)[:2]
     out, final = q.new_empty(batch, heads, reads, e), torch.empty_like(state) if total else state
     block_e = min(32, triton.next_power_of_2(e))
     _stream[(batch * heads, triton.cdiv(e, block_e))](

@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-MIN_S = 0.25  # below this the velocity loss of an x-prediction, (x - z_0)^2 / s^2, is held back: its weight explodes
+MIN_S = (
+    0.25  # s is clamped to this in the velocity loss of an x-prediction, (x - z_0)^2 / s^2, whose weight would explode
+)
 
 
 def shift_factor(frames: int, tokens: int, m: float = 0.0, b: float = 0.0) -> float:
@@ -22,12 +24,12 @@ def shift_factor(frames: int, tokens: int, m: float = 0.0, b: float = 0.0) -> fl
 
 
 def shift(s: Tensor, c: float) -> Tensor:
-    """s' = c s / (1 + (c-1) s): larger chunks hold more redundancy and need more of the noisy end. s in [0,1]."""
+    """s' = c s / (1 + (c-1) s), for s in [0,1]: larger chunks are more redundant and need more noise."""
     return c * s / (1 + (c - 1) * s)
 
 
 def corrupt(clean: Tensor, eps: Tensor, s: Tensor) -> Tensor:
-    """The point z_s of the straight path, all [...] broadcastable."""
+    """The point z_s = (1-s) clean + s eps of the straight path; shapes [...] broadcast."""
     return (1 - s) * clean + s * eps
 
 

@@ -1,4 +1,4 @@
-"""Linear layers with what goes before and after them; on a CPU they are one pass of compiled code, gradients too."""
+"""Linear layers with their norms, activations and residuals; on a CPU one pass of compiled code, gradients too."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ KINDS = ("plain", "norm", "silu", "gated")  # in dense.cpp's order
 
 
 class Layer(NamedTuple):
-    """One linear layer, and what x goes through before it.
+    """One linear layer, y = f(x) W^T + b, with f by ``kind``.
 
-    "plain": nothing; "norm": the layer norm; "silu": silu(x); "gated": value * silu(gate), for x = [value, gate].
+    "plain": x; "norm": the layer norm of x; "silu": silu(x); "gated": value * silu(gate), for x = [value, gate].
     """
 
     kind: str
     linear: nn.Linear
     norm: nn.LayerNorm | None = None
-    residual: bool = False  # whether the x of the layer before, which has a norm, is added to y
+    residual: bool = False  # whether to add the x of the layer before, which must have a norm
 
 
 def chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """One after another: x [...,I] -> [...,O]."""
+    """Apply the layers one after another: x [...,I] -> [...,O]."""
     weights = (w for w in _weights(layers) if w is not None)
     if _fits(x, layers) and (library := single_thread_library("dense", x, *weights)):
         return _apply(library, x, layers)
     before = x
     for layer in layers:
-        y = F.linear(_entered(x, layer), layer.linear.weight, layer.linear.bias)
+        y = F.linear(_activate(x, layer), layer.linear.weight, layer.linear.bias)
         before, x = x, before + y if layer.residual else y
     return x
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """The layer of the norm of x [...,I] -> [...,O]."""
+    """linear(norm(x)): x [...,I] -> [...,O]."""
     return chain(x, [Layer("norm", linear, norm)])
 
 
 def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
-    """base + the layer of [beside, silu(x)]: x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
+    """base + linear([beside, silu(x)]): x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
     rows, layers = x.shape[:-1], [Layer("silu", linear)]
     fits = base.shape == (*rows, linear.out_features) and beside.shape[:-1] == rows
     fits = fits and x.shape[-1] + beside.shape[-1] == linear.in_features and linear.bias is not None
@@ -55,7 +55,7 @@ def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -
 
 
 def _fits(x: Tensor, layers: Sequence[Layer]) -> bool:
-    """Whether sizes are as compiled code, which looks at none, will take them."""
+    """Whether the sizes fit and the norms have torch's default form: compiled code checks neither."""
     size = x.shape[-1]
     for layer in layers:
         norm, linear = layer.norm, layer.linear
@@ -67,7 +67,7 @@ def _fits(x: Tensor, layers: Sequence[Layer]) -> bool:
     return True
 
 
-def _entered(x: Tensor, layer: Layer) -> Tensor:
+def _activate(x: Tensor, layer: Layer) -> Tensor:
     match layer.kind:
         case "norm":
             assert layer.norm is not None
@@ -100,10 +100,11 @@ def _apply(
     library: ctypes.CDLL,
     x: Tensor,
     layers: Sequence[Layer],
-    beside: Tensor | None = None,
+    extra: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    rows = [None if t is None else _rows(t) for t in (x, beside, base)]
+    """extra: concatenated in front of f(x). base: added to y."""
+    rows = [None if t is None else _rows(t) for t in (x, extra, base)]
     weights = [None if w is None else w.contiguous() for w in _weights(layers)]
     y = _Dense.apply(*rows, _plan(layers), library, *weights)
     return y.view(*x.shape[:-1], y.shape[-1]) if x.ndim != 2 else y  # type: ignore[no-any-return]
@@ -118,7 +119,7 @@ def _weights(layers: Sequence[Layer]) -> list[Tensor | None]:
     for layer in layers:
         weights += [None, None] if layer.norm is None else [layer.norm.weight, layer.norm.bias]
         weights += [layer.linear.weight, layer.linear.bias]
-    return weights  # contiguous, but where somebody made them otherwise: then ``_apply`` copies
+    return weights
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -127,9 +128,9 @@ def _rows(t: Tensor) -> Tensor:
 
 
 class PreallocatedMLP:
-    """A chain for a loop that does nothing else: its buffers stand, and gradients go straight to the weights' ``grad``.
+    """A ``chain`` with preallocated buffers, for a training loop; it writes gradients into the weights' ``grad``.
 
-    Weights and their gradients must stay where they are in memory.
+    It has at most one batch of ``rows`` in flight, and the weights and their ``grad`` must not be reallocated.
     """
 
     def __init__(self, library: ctypes.CDLL, layers: Sequence[Layer], rows: int):
@@ -141,18 +142,18 @@ class PreallocatedMLP:
         self._calls = _calls(plan, self._xs, None, weights)
         grads = [None if w is None else w.grad for w in weights]
         assert all(w is None or (g is not None and g.is_contiguous()) for w, g in zip(weights, grads, strict=True))
-        _add_back(self._calls, plan, self._dys, grads, asked=False)
+        _set_gradients(self._calls, plan, self._dys, grads, needs_dx=False)
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """x [rows,I], in parts side by side -> [rows,O], a leaf of a graph of its own."""
+        """x [rows,I], in parts side by side -> [rows,O], the leaf of a new autograd graph."""
         torch.cat(list(parts), -1, out=self._xs[0])
         self._library.dense_forward(self._calls, len(self._calls))
         self._out = self._xs[-1].detach().requires_grad_()
         return self._out
 
     def backward(self) -> None:
-        """After a loss of what ``forward`` gave has been told to autograd: on to the weights."""
-        if self._out.grad is None:  # the loss was of something else
+        """From ``forward``'s output, whose ``grad`` autograd has set, on to the weights."""
+        if self._out.grad is None:  # the loss doesn't depend on it
             return
         self._dys[-1].copy_(self._out.grad)
         self._library.dense_backward(self._calls, len(self._calls))
@@ -163,7 +164,7 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        beside: Tensor | None,
+        extra: Tensor | None,
         base: Tensor | None,
         plan: tuple[tuple[int, bool], ...],
         library: ctypes.CDLL,
@@ -174,63 +175,66 @@ class _Dense(torch.autograd.Function):
         for out in weights[2::4]:
             assert out is not None
             xs.append(x.new_empty(len(x), len(out)))
-        calls = _calls(plan, xs, beside, weights)
+        calls = _calls(plan, xs, extra, weights)
         if base is not None:
             calls[0].base = base.data_ptr()
         library.dense_forward(calls, len(calls))
-        ctx.save_for_backward(beside, *xs[:-1], *weights)
-        ctx.plan, ctx.library, ctx.based = plan, library, base is not None
+        ctx.save_for_backward(extra, *xs[:-1], *weights)
+        ctx.plan, ctx.library, ctx.has_base = plan, library, base is not None
         return xs[-1]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward()
         plan = ctx.plan
-        beside, *tensors = ctx.saved_tensors
+        extra, *tensors = ctx.saved_tensors
         xs, weights = tensors[: len(plan)], tensors[len(plan) :]
-        calls = _calls(plan, xs, beside, weights)
+        calls = _calls(plan, xs, extra, weights)
         dys = [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs), dy.contiguous()]
-        learns = any(ctx.needs_input_grad[5:])  # or else the weights are frozen
-        grads = [w.new_empty(w.shape) if learns and w is not None else None for w in weights]
-        dbeside = None if beside is None else beside.new_empty(beside.shape)
-        asked = any(ctx.needs_input_grad[:2])
-        _add_back(calls, plan, dys, grads, asked)
-        if dbeside is not None:
-            calls[0].dbeside = dbeside.data_ptr()
+        needs_dweight, needs_dx = any(ctx.needs_input_grad[5:]), any(ctx.needs_input_grad[:2])
+        grads = [w.new_empty(w.shape) if needs_dweight and w is not None else None for w in weights]
+        dextra = None if extra is None else extra.new_empty(extra.shape)
+        _set_gradients(calls, plan, dys, grads, needs_dx)
+        if dextra is not None:
+            calls[0].dbeside = dextra.data_ptr()
         ctx.library.dense_backward(calls, len(calls))
-        return dys[0] if asked else None, dbeside, dys[-1] if ctx.based else None, None, None, *grads
+        return dys[0] if needs_dx else None, dextra, dys[-1] if ctx.has_base else None, None, None, *grads
 
 
 def _calls(
-    plan: tuple[tuple[int, bool], ...], xs: Sequence[Tensor], beside: Tensor | None, weights: Sequence[Tensor | None]
+    plan: tuple[tuple[int, bool], ...], xs: Sequence[Tensor], extra: Tensor | None, weights: Sequence[Tensor | None]
 ) -> Any:
-    """What a pass forward needs; of a pass backward, which has no last y, the part that is the same."""
+    """The fields of the forward pass; ``_set_gradients`` adds those of the backward pass, which needs no last y."""
     calls = (_Call * len(plan))()
     for i, call in enumerate(calls):
         if i + 1 < len(xs):
             call.y = xs[i + 1].data_ptr()
         if plan[i][1]:
             call.base = xs[i - 1].data_ptr()
-        gain, shift, weight, bias = weights[4 * i : 4 * i + 4]
+        norm_weight, norm_bias, weight, bias = weights[4 * i : 4 * i + 4]
         assert weight is not None and bias is not None
         x = xs[i]
         call.rows, call.ldx, call.kind = len(x), x.stride(0), plan[i][0]
         call.out, call.in_ = weight.shape
         call.x, call.weight, call.bias = x.data_ptr(), weight.data_ptr(), bias.data_ptr()
-        if gain is not None and shift is not None:
-            call.gain, call.shift = gain.data_ptr(), shift.data_ptr()
-    if beside is not None:
-        calls[0].ldp, calls[0].beside_in, calls[0].beside = beside.stride(0), beside.shape[1], beside.data_ptr()
+        if norm_weight is not None and norm_bias is not None:
+            call.gain, call.shift = norm_weight.data_ptr(), norm_bias.data_ptr()
+    if extra is not None:
+        calls[0].ldp, calls[0].beside_in, calls[0].beside = extra.stride(0), extra.shape[1], extra.data_ptr()
     return calls
 
 
-def _add_back(
-    calls: Any, plan: tuple[tuple[int, bool], ...], dys: Sequence[Tensor], grads: Sequence[Tensor | None], asked: bool
+def _set_gradients(
+    calls: Any,
+    plan: tuple[tuple[int, bool], ...],
+    dys: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needs_dx: bool,
 ) -> None:
-    """What a pass backward needs beside. asked: whether anybody wants the gradient of the first x."""
+    """Add the fields of the backward pass. needs_dx: whether the gradient of the first x is needed."""
     for i, call in enumerate(calls):
         call.dy = dys[i + 1].data_ptr()
-        if i or asked:
+        if i or needs_dx:
             call.dx = dys[i].data_ptr()
         for name, grad in zip(("dgain", "dshift", "dweight", "dbias"), grads[4 * i : 4 * i + 4], strict=True):
             if grad is not None:

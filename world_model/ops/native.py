@@ -24,7 +24,7 @@ class KernelUnavailable(RuntimeError):
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The compiled ``world_model/cpp/<name>.cpp``. Raises NotHere where that can't be had."""
+    """The compiled ``cpp/<name>.cpp``. Raises KernelUnavailable where it can't be compiled or loaded."""
     source = FOLDER / f"{name}.cpp"
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(compiler[0]) is None and not os.environ.get("CXX"):
@@ -34,7 +34,7 @@ def library(name: str) -> ctypes.CDLL:
     try:
         built = _cache() / f"{name}-{key}.so"
         if built.exists():
-            with suppress(OSError):  # damaged: it is built anew
+            with suppress(OSError):  # a damaged file is compiled again
                 return ctypes.CDLL(str(built))
     except (OSError, RuntimeError) as error:
         raise KernelUnavailable(f"there is no folder to keep it in ({error}): set XDG_CACHE_HOME to one") from error
@@ -56,7 +56,7 @@ def _compile(compiler: list[str], source: Path, built: Path) -> None:
                     f"{' '.join(compiler)} can't compile {source.name}: {done.stderr.strip()[-500:]}"
                 )
             with part.open("rb") as file:
-                os.fsync(file)  # all of it, before it has its name
+                os.fsync(file)  # the whole file, before it gets its name
             os.replace(part, built)
     except OSError as error:
         raise KernelUnavailable(f"{source.name} can't be compiled ({error})") from error

@@ -1,4 +1,4 @@
-"""A window layer without a past in compiled code, forward and backward: ``window_layer_torch`` on a CPU."""
+"""Window attention without buffers in compiled code on a CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class _Call(ctypes.Structure):
 
 
 def window_layer_cpu(library: ctypes.CDLL, qkv: Streams, bias: Tensor, skip: int) -> Streams:
-    """Queries, keys and values [B,F,P,3*I], [B,F,1,3*I] -> outputs [B,F,P,I], [B,F,1,I].
+    """As ``window_layer_torch``: qkv [B,F,P,3*I] and [B,F,1,3*I] -> outputs [B,F,P,I] and [B,F,1,I].
 
-    bias [H,R,N] for the R queries of all N tokens but the first ``skip``, whose outputs are zero.
+    bias [H,R,N]: for the queries of all N tokens but the first ``skip``, whose outputs are zero.
     """
     return Streams(*_Attend.apply(*qkv, bias, skip, library))
 
@@ -64,10 +64,10 @@ class _Attend(torch.autograd.Function):
 
 
 def _call(world: Tensor, action: Tensor, bias: Tensor, skip: int) -> _Call:
-    (batch, frames, tokens, three), heads = world.shape, bias.shape[0]
-    world, action = world.flatten(0, -2), action.flatten(0, -2)  # views: the rows are evenly apart
-    dim = three // 3 // heads
+    (batch, frames, tokens, width), heads = world.shape, bias.shape[0]
+    world, action = world.flatten(0, -2), action.flatten(0, -2)  # views: the rows are evenly spaced
+    dim = width // 3 // heads
     call = _Call(batch, frames, tokens, heads, dim, skip, world.stride(0), action.stride(0), dim**-0.5)
     call.world, call.action, call.bias = world.data_ptr(), action.data_ptr(), bias.data_ptr()
-    call.kept = (world, action)
+    call.alive = (world, action)  # the pointers refer to these
     return call

@@ -1,7 +1,7 @@
 // Softmax attention among the tokens of two streams with an additive bias, forward and backward, head by head.
 //
 // A frame's tokens are P of the world, then one action; queries, keys and values come as [B,F,P,3*inner] and
-// [B,F,1,3*inner], and so does what the heads answer, [.., inner]. window.py's `attend` is the truth.
+// [B,F,1,3*inner], and so does what the heads answer, [.., inner]. window_attention.py's `attend` is the truth.
 
 #include "vectors.h"
 

@@ -1,5 +1,5 @@
-// The gated delta rule, forward and backward, on a CPU, head by head in the cache: forward as delta.py's recurrence,
-// backward by chunks.
+// The gated delta rule, forward and backward, on a CPU, head by head in the cache: forward as delta_rule.py's
+// recurrence, backward by chunks.
 //
 // In a chunk of C keys, with c the running sum of log alpha from the chunk's start and S the memory [d,e] there:
 //   L_ij = exp(c_i - c_j) k_i.k_j (j < i)     x_i = v_i - exp(c_i) S^T k_i - sum_j L_ij u_j     u_i = beta_i x_i
@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int C = 16;  // keys of a chunk
-constexpr float LEAST = -100;  // of log alpha, as in delta.py
+constexpr float LEAST = -100;  // of log alpha, as in delta_rule.py
 
 vec counting() {
   vec x;
@@ -329,7 +329,7 @@ void heads(const Shape& s, const Tensors& t, int threads, Run run) {
   }
 }
 
-// A G layer's whole mixing, of one dream's head at a time: what mot.py's Block._delta does with both streams' tokens.
+// A G layer's whole mixing, of one dream's head at a time: delta_layer.py's delta_layer_torch of both streams' tokens.
 struct Mix {
   int64_t B, F, P, H, d, clean, chunk, skip;  // the first `clean` frames are written; then come chunks of `chunk` frames
   int64_t ldw, lda, ldgw, ldga;               // strides of the rows of the streams and of their gates

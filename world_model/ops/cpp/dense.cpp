@@ -1,4 +1,4 @@
-// y = base + f(x) W^T + b, forward and backward, row tile by row tile in the cache: what layers.py says f may be.
+// y = base + f(x) W^T + b, forward and backward, row tile by row tile in the cache: linear.py's Layer says what f is.
 
 #include "vectors.h"
 

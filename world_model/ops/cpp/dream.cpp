@@ -1,7 +1,7 @@
-// A whole step of a small world model in one call: draft, denoise, judge, write, without Python between the layers.
+// A whole step of a small world model in one call: draft, denoise, reward, write, without Python between the layers.
 //
-// The same arithmetic as model.py and mot.py, which are the truth; names and shapes are theirs. Dreams are taken in
-// tiles that stay in the cache, and the weights are packed once so that the products run over them in order.
+// The same arithmetic as world_model.py and transformer.py, which are the truth; names and shapes are theirs. Dreams are
+// taken in tiles that stay in the cache, and the weights are packed once so that the products run over them in order.
 // A dream's numbers are the same, up to rounding, whatever stands around it.
 
 #include "trunk.h"

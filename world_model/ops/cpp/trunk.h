@@ -1,4 +1,4 @@
-// One pass of a tile of dreams through the layers: mot.py's Trunk onto a memory that exists.
+// One pass of a tile of dreams through the layers: transformer.py's Trunk onto a memory that exists.
 #pragma once
 
 #include "weights.h"

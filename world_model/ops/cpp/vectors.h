@@ -402,7 +402,7 @@ inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
   for (int c = whole; WHOLE && c < columns; c++) std::fill(t + size_t(c) * ldt + rows, t + size_t(c) * ldt + pad(rows), 0.0f);
 }
 
-// --- keys onto a memory S^T [d,ld], one after the other: delta.py's recurrence, of one head
+// --- keys onto a memory S^T [d,ld], one after the other: delta_rule.py's recurrence, of one head
 
 // N vectors of the memory's columns, of which `e` count. What a key writes waits for the next pass over the memory, which
 // reads for the next key in the same go; how far all has decayed is a factor beside it.

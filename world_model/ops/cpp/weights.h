@@ -1,4 +1,4 @@
-// The weights of a WorldModel, packed for products, and its units; names and shapes are those of model.py.
+// The weights of a WorldModel, packed for products, and its units; names and shapes are those of world_model.py.
 #pragma once
 
 #include "vectors.h"
@@ -85,8 +85,8 @@ Stream read_stream(Model& m, Reader& r, int width, int hidden, bool gates, bool 
   return s;
 }
 
-// What the queries of each frame see and add to the scores: window.py's `visible`, of a layer that mixes by attention
-// or, where `offsets` is null, of a chunk among itself.
+// What the queries of each frame see and add to the scores: window_attention.py's `visible`, of a layer that mixes by
+// attention or, where `offsets` is null, of a chunk among itself.
 std::vector<Sight> sights(const Model& m, const Layer& l, const float* offsets, int frames, bool noisy) {
   const int group = m.group(), past = l.past, ahead = m.K - 1;
   auto sees = [&](int i, int slot) {
@@ -116,7 +116,7 @@ std::vector<Sight> sights(const Model& m, const Layer& l, const float* offsets, 
   return 2 * apart <= size_t(frames) * whole[0].ld ? each : whole;
 }
 
-// sizes in the order of Model's first line; tensors in the order of fused.py
+// sizes in the order of Model's first line; tensors in the order of compiled_step.py's _tensors
 Model* unpacked(const int32_t* sizes, const char* pattern, const float* const* tensors) {
   Model* m = new Model();
   std::memcpy(&m->O, sizes, 18 * sizeof(int32_t));
