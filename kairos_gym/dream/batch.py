@@ -139,7 +139,7 @@ class DreamBatch:
         state = self.state if rows is None else self.state.select(torch.from_numpy(rows))
         after, imagined = self.model.imagine(state, actions, decode=decode, **self._flow)
         if self._functions is not None:
-            imagined = self._functions.apply(imagined, self._present(self._indices(rows)), actions)
+            imagined = self._functions.apply(imagined, self._present(rows), actions)
         arrays = ImaginedArrays.from_tensors(imagined) if self.device.type == "cpu" else None
         bounds = None
         if self.calibration is not None:
@@ -172,7 +172,7 @@ class DreamBatch:
         at = self._indices(rows)
         self.expect_begun(at)
         state = self.state.select(torch.from_numpy(at)).to_bytes()
-        return Snapshot(self._fingerprint(), state, self.progress.select(at), self._present(at)).to_bytes()
+        return Snapshot(self._fingerprint(), state, self.progress.select(at), self._present(rows)).to_bytes()
 
     def restore(self, blob: bytes, rows: Rows | None = None) -> None:
         """Put the dreams of a ``snapshot`` into ``rows``, or into all.
@@ -296,9 +296,11 @@ class DreamBatch:
     def _indices(self, rows: Rows | None) -> Rows:
         return np.arange(self.batch) if rows is None else rows
 
-    def _present(self, at: Rows) -> Tensor | None:
-        """The present observations of some rows [R,O]; None where one is unknown."""
-        return self._frames[torch.from_numpy(at), -1] if self._known[at].all() else None
+    def _present(self, rows: Rows | None) -> Tensor | None:
+        """The present observations of some rows, or of all [R,O]; None where one is unknown."""
+        if rows is None:
+            return self.obs
+        return self._frames[torch.from_numpy(rows), -1] if self._known[rows].all() else None
 
     def _put_state(self, rows: Rows | None, state: Any) -> None:
         if rows is not None:

@@ -54,7 +54,7 @@ class Snapshot:
         tensors = {name: torch.from_numpy(column) for name, column in vars(self.progress).items()}
         tensors |= {"state": _as_tensor(self.state), "model": _as_tensor(self.fingerprint.encode())}
         if self.obs is not None:
-            tensors["obs"] = self.obs.detach().cpu()
+            tensors["obs"] = self.obs.detach().cpu().contiguous()
         body = save_tensors(tensors)
         return zlib.crc32(body).to_bytes(4, "little") + body
 
