@@ -1,4 +1,4 @@
-"""What every planner shares: the protocol, and the base class of those that search."""
+"""The protocol of all planners, and the base class of those that search."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from world_model.state import LatentState
 
 
 class Planner(Protocol):
-    """Anything that turns a dreamed state into a plan. It holds settings only, never a state or a generator."""
+    """Anything that plans from a dreamed state. It holds settings only, never a state or a generator."""
 
     def plan(self, dynamics: Dynamics, state: LatentState, **options: Any) -> Plan:
         """Plan for each of the B rows of ``state``, independently -> Plan of actions [B,H,K,A].
 
         options: the other fields of ``Problem``: warm, seed, obs, objective, keep_trace.
 
-        A pure function of its arguments: row b of a batch is what row b alone gives with its own seed, up to the
-        rounding of the dynamics. A candidate with a non-finite imagined return is never preferred, and one that exceeds
-        a limit only to others that exceed it more. Raises ValueError where the shapes don't fit the dynamics or the
+        A pure function of its arguments. Each row is planned as it would be alone with its own seed, up to the rounding
+        of the dynamics. A candidate with a non-finite imagined return is never preferred; one that exceeds a limit is
+        preferred only to candidates that exceed it more. Raises ValueError where shapes don't fit the dynamics or the
         action space is unbounded.
         """
         ...
@@ -52,11 +52,11 @@ class SearchPlanner(ABC):
 
     @abstractmethod
     def find(self, search: Search) -> Plan:
-        """The plan [B,H,K,A] that the search leads to; mostly ``search.best``, each row's best sequence so far."""
+        """Run the search -> its plan [B,H,K,A], usually ``search.best``, each row's best sequence."""
 
 
 def require_elites(*, elites: int, candidates: int, min_std: float, std: float) -> None:
-    """Raises ValueError for more elites than candidates, fewer than two, or a minimal std above the first one."""
+    """Raises ValueError for fewer than two elites, more than candidates, or a ``min_std`` above ``std``."""
     if not 2 <= elites <= candidates:
         raise ValueError(f"2 <= elites <= candidates must hold, got {elites} elites of {candidates}")
     if not 0 <= min_std <= std:
@@ -64,7 +64,7 @@ def require_elites(*, elites: int, candidates: int, min_std: float, std: float) 
 
 
 def require_positive(**settings: float) -> None:
-    """Raises ValueError that names the first setting that is not above zero, or infinite."""
+    """Raises ValueError, which names it, for the first setting that isn't positive and finite."""
     for name, value in settings.items():
         if not 0 < value < inf:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -11,12 +11,12 @@ from planners.search import Search, refit
 
 @dataclass(frozen=True)
 class CEM(SearchPlanner):
-    """Cross-entropy method over action sequences, as PETS plans with it (arXiv 1805.12114).
+    """Cross-entropy method over action sequences, as in PETS (arXiv 1805.12114).
 
     Two choices differ from PETS. Samples are projected onto the action bounds when they are dreamed, instead of drawn
     from a truncated normal (see ``Search``). And every mean is dreamed too, as candidate 0 of the next iteration, the
-    last one by itself, so the result is simply the best sequence ever dreamed, be it a mean or a sample, and its value
-    is the return it was dreamed with. Where there are limits, the elites are first those that keep them
+    last one by itself: the result is the best sequence ever dreamed, a mean or a sample, and its value is its imagined
+    return. Where there are limits, candidates that keep them come first among the elites
     (constrained CEM, https://proceedings.neurips.cc/paper/2018/hash/34ffeb359a192eb8174b6854643cc046-Abstract.html).
     """
 
@@ -32,7 +32,7 @@ class CEM(SearchPlanner):
         require_elites(elites=self.elites, candidates=self.candidates, min_std=self.min_std, std=self.std)
 
     def find(self, search: Search) -> Plan:
-        """-> the best sequence [B,H,K,A] seen in each row, with its own imagined return [B]."""
+        """-> the best sequence [B,H,K,A] dreamed for each row, with its imagined return [B]."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
         for _ in range(self.iterations):
             samples = search.around(mean, std, search.normal(self.candidates))

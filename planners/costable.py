@@ -1,4 +1,4 @@
-"""A model as the solvers of stable-worldmodel ask for it: what candidates cost, from what an info dict shows."""
+"""``Dynamics`` in the form that stable-worldmodel's solvers need: the costs of candidates, given an info dict."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _STATE = "state."
 class Costable:
     """Any ``Dynamics`` behind stable-worldmodel's protocol of this name: ``CEMSolver(Costable(model), ...)``.
 
-    A candidate costs minus the return that it is dreamed to earn. The dream begins with the observations under ``key``,
-    or, where the info dict holds what ``info(state)`` gives, with a state that remembers more. Actions beyond the
-    bounds are dreamed as clipped onto them, since most of those solvers know none: clip what they return, too.
+    The cost of a candidate is minus its imagined return. The dream starts from the observations under ``key``, or from
+    ``state`` where the info dict has the entries of ``info(state)``. Most of those solvers ignore action bounds, so
+    actions are clipped to them before the dream: clip the solver's result, too.
 
-    goal: the key of each row's goal [O], which takes the place of ``objective.goal``. to_actions: takes candidates
-    [...,A] to the units of ``spec.action_space``, where the solver has others.
+    goal: the key of each row's goal [O], which replaces ``objective.goal``. to_actions: converts candidates [...,A] to
+    the units of ``spec.action_space``, where the solver uses others. Raises ValueError for an objective with a
+    ``cost_limit``, or with a ``reward_fn`` besides a goal.
     """
 
     def __init__(
@@ -46,15 +47,15 @@ class Costable:
 
     @staticmethod
     def info(state: LatentState) -> dict[str, Tensor]:
-        """A state of B rows as entries of an info dict, which a solver cuts and repeats like all others."""
+        """A state of B rows as entries of an info dict, which a solver slices and repeats like all others."""
         return {_STATE + name: tensor for name, tensor in state.tensors.items()}
 
     def get_cost(self, info_dict: Mapping[str, Any], action_candidates: Tensor) -> Tensor:
-        """Candidates [B,N,H,K*A], blocks of K actions that are each dreamed as one chunk -> costs [B,N].
+        """Candidates [B,N,H,K*A], H blocks of K actions, each dreamed as one chunk -> costs [B,N].
 
         The info dict's tensors or arrays are [B,N,...], all N alike: observations [B,N,O], or the last T of them
-        [B,N,T,O] with the actions that led there, "action" [B,N,T,A], where T > 1. Gradients reach the candidates
-        where they ask for them. Raises ValueError where something is missing or has another shape.
+        [B,N,T,O] with the actions that led there, "action" [B,N,T,A], where T > 1. Gradients reach
+        candidates that require them. Raises ValueError where an entry is missing or has another shape.
         """
         spec, device = self.dynamics.spec, action_candidates.device
         size = spec.action_box.shape[0]
@@ -62,7 +63,7 @@ class Costable:
             raise ValueError(
                 f"action_candidates must be [B,N,H,K*A] with A={size}, got {list(action_candidates.shape)}"
             )
-        state, obs = self._begin(info_dict, len(action_candidates))
+        state, obs = self._start(info_dict, len(action_candidates))
         actions = action_candidates.to(state.device).unflatten(-1, (-1, size))
         actions = actions if self.to_actions is None else self.to_actions(actions)
         actions = actions.clamp(*bounds(spec, actions.device))
@@ -75,11 +76,11 @@ class Costable:
     criterion = get_cost
 
     @torch.no_grad()
-    def _begin(self, info_dict: Mapping[str, Any], batch: int) -> tuple[LatentState, Tensor | None]:
-        """The state of B rows to dream from, and their present observations [B,O] where the objective looks."""
+    def _start(self, info_dict: Mapping[str, Any], batch: int) -> tuple[LatentState, Tensor | None]:
+        """The state of B rows to dream from, and their present observations [B,O] if the objective needs them."""
         fresh, obs = self.dynamics.initial(batch), None
-        remembers = any(key.startswith(_STATE) for key in info_dict)
-        if not remembers or self.goal is not None or self.objective.needs_obs:
+        has_state = any(key.startswith(_STATE) for key in info_dict)
+        if not has_state or self.goal is not None or self.objective.needs_obs:
             frames, size = self._entry(info_dict, self.key), self.dynamics.spec.observation_box.shape[0]
             frames = frames[:, None] if frames.ndim == 2 else frames
             if frames.shape != (batch, *frames.shape[1:2], size):
@@ -89,14 +90,14 @@ class Costable:
                 )
             frames = frames.to(fresh.device, torch.float32)
             obs = frames[:, -1]
-        if remembers:
+        if has_state:
             return LatentState({k: self._entry(info_dict, _STATE + k).to(t) for k, t in fresh.tensors.items()}), obs
-        led = self._entry(info_dict, "action").to(frames) if frames.shape[1] > 1 else None
-        return self.dynamics.observe(fresh, frames, led), obs
+        actions = self._entry(info_dict, "action").to(frames) if frames.shape[1] > 1 else None
+        return self.dynamics.observe(fresh, frames, actions), obs
 
     @staticmethod
     def _entry(info_dict: Mapping[str, Any], key: str) -> Tensor:
-        """An entry [B,N,...] without the N that are all alike."""
+        """An entry [B,N,...], whose N are all equal -> [B,...]."""
         if key not in info_dict:
             raise ValueError(f"the info dict has no {key!r}, only {sorted(info_dict)}: name it with key=, or add it")
         return torch.as_tensor(info_dict[key])[:, 0]

@@ -1,4 +1,4 @@
-"""Model predictive path integral control: perturb a plan, average the perturbations weighted by what they earn."""
+"""Model predictive path integral control: perturb a plan, and average the samples weighted by their returns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from planners.search import Search
 class MPPI(SearchPlanner):
     """Model predictive path integral control (arXiv 1707.02342): weights proportional to exp(return / temperature).
 
-    Samples are projected onto the action bounds when they are dreamed (see ``Search``). The temperature is measured in
-    standard deviations of the row's own returns, so that one default fits rewards of any size, and the noise shrinks by
-    ``decay`` from one iteration to the next. The plan is the last average, as the method defines it; it is dreamed once
-    more for its value, and given up for the best candidate where it is lost or exceeds limits that the candidate keeps.
-    Only candidates that keep the limits have a weight; while none does, the violation is weighed instead of the return.
-    The cost of control in the paper's weights is left to the objective.
+    Samples are projected onto the action bounds when they are dreamed (see ``Search``). The temperature is in standard
+    deviations of the row's returns, so that one default fits rewards of any size, and the noise shrinks by ``decay``
+    each iteration. The plan is the last average, dreamed once more for its value. The best candidate replaces it where
+    its return isn't finite, or it exceeds limits by more than that candidate. Only candidates that keep the limits have
+    a weight; where none does, the weights come from the violation instead of the return. The cost of control in the
+    paper's weights is left to the objective.
     """
 
     candidates: int = 400  # N
@@ -39,7 +39,7 @@ class MPPI(SearchPlanner):
         )  # fmt: skip
 
     def find(self, search: Search) -> Plan:
-        """-> the weighted average [B,H,K,A] of each row's candidates, with its own imagined return [B]."""
+        """-> the weighted average [B,H,K,A] of each row's candidates, with its imagined return [B]."""
         mean, std = search.mean, (self.std * search.half_range).expand_as(search.mean)
         for _ in range(self.iterations):
             samples = search.around(mean, std, search.normal(self.candidates))
@@ -48,16 +48,17 @@ class MPPI(SearchPlanner):
             std = std * self.decay
         return search.finalise(mean)
 
-    def _weights(self, scored: Scores) -> Tensor:
-        """-> weights [B,N] that sum to 1; a return of -inf weighs nothing while another is finite."""
-        worth = scored.value
-        if scored.violation is not None:
-            kept = scored.violation <= 0
-            worth = torch.where(kept.any(1, keepdim=True), worth.masked_fill(~kept, -torch.inf), -scored.violation)
-        finite = worth.isfinite()
+    def _weights(self, scores: Scores) -> Tensor:
+        """-> weights [B,N] that sum to 1; a return of -inf has weight 0 if another is finite."""
+        value = scores.value
+        if scores.violation is not None:
+            feasible = scores.violation <= 0
+            penalised = value.masked_fill(~feasible, -torch.inf)
+            value = torch.where(feasible.any(1, keepdim=True), penalised, -scores.violation)
+        finite = value.isfinite()
         count = finite.sum(1, keepdim=True).clamp(min=1)
-        centre = torch.where(finite, worth, 0.0).sum(1, keepdim=True) / count
-        spread = (torch.where(finite, worth - centre, 0.0).square().sum(1, keepdim=True) / count).sqrt()
-        # Without a finite return every weight is the same, and the average stays near the mean it was drawn around.
-        logits = torch.where(finite, (worth - centre) / (self.temperature * spread).clamp(min=1e-12), -torch.inf)
+        centre = torch.where(finite, value, 0.0).sum(1, keepdim=True) / count
+        spread = (torch.where(finite, value - centre, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+        # Without a finite return all weights are equal, so the average stays near the mean of the samples.
+        logits = torch.where(finite, (value - centre) / (self.temperature * spread).clamp(min=1e-12), -torch.inf)
         return logits.masked_fill(~finite.any(1, keepdim=True), 0.0).softmax(1)

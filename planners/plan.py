@@ -1,4 +1,4 @@
-"""Plan: the actions that a planner chose, what they were imagined to earn, and how they were found."""
+"""Plan: the actions that a planner chose, their imagined return, and the search that led to them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from planners.scoring import Scores
 
 
 class SearchTrace(NamedTuple):
-    """All that a search dreamed, its rounds one after the other."""
+    """All candidates of a search and their scores, round after round."""
 
     candidates: Tensor  # [B,N,H,K,A]
     scored: Scores  # [B,N], with futures [B,N,H*K,O]
 
 
 class Plan(NamedTuple):
-    """An action sequence for each of B rows, and the return it was imagined to earn (-inf: not finite, or unknown)."""
+    """An action sequence for each of B rows, and its imagined return (-inf: not finite, or unknown)."""
 
     actions: Tensor  # [B,H,K,A], in the units of spec.action_space and within its bounds
     value: Tensor  # [B]
-    elites: Tensor | None = None  # [B,E,H,K,A], candidates for the next search to begin with; NaN: unknown
-    violation: Tensor | None = None  # [B], by how much it exceeds the limits; None where there are none
+    elites: Tensor | None = None  # [B,E,H,K,A], candidates for the next search to start with; NaN: unknown
+    violation: Tensor | None = None  # [B], by how much costs exceed their limit; None without one
     evaluations: int = 0  # sequences dreamed for each row
-    seconds: float = 0.0  # that all rows took together
-    trace: SearchTrace | None = None  # where it was asked for
+    seconds: float = 0.0  # for all rows together
+    trace: SearchTrace | None = None  # if requested
 
     def shifted(self, last: Tensor) -> Plan:
-        """The plan one chunk later: the first chunk is gone, action ``last`` [A] fills the one that comes in.
+        """The plan one chunk later: without the first chunk, and with one of action ``last`` [A] appended.
 
-        MPC fills in the middle of the bounds: on the toys it serves CEM 1 to 5% better than to hold the old last
-        chunk, and makes no difference elsewhere.
+        MPC appends the middle of the bounds: on the toys CEM's returns are 1 to 5% better with it than with the old
+        last chunk, and elsewhere it makes no difference.
         """
 
         def later(actions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Planning in which a policy proposes a share of the candidates, and where the search begins."""
+"""Planning in which a policy proposes some of the candidates and the start of the search."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from planners.search import Search, bounds
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-_NOISE_KEY = 0x5EED  # so that the policy's noise isn't the planner's
+_NOISE_KEY = 0x5EED  # makes the policy's noise independent of the planner's
 
 
 @dataclass(frozen=True)
 class PolicyGuided:
-    """A planner whose every search begins around what ``policy`` does in the dream.
+    """A planner whose searches start from the actions of ``policy`` in the dream.
 
-    Of the candidates, ``proposals`` are of the policy acting with noise, as TD-MPC's are (arXiv 2203.04955), and what
-    was planned before is one too (as many of them as the planner dreams at once); the planner draws the others around
-    what the policy does without noise. So no plan is worse than the policy's own, but MPPI's average may be. Where the
-    planner repeats actions, so does the policy.
+    ``proposals`` of the candidates are the policy's actions with noise, as in TD-MPC (arXiv 2203.04955), and the warm
+    start is another, as far as the planner has that many candidates; it draws the others around the policy's actions
+    without noise. So no plan is worse than the policy's, except that MPPI's average may be. Where the planner repeats
+    actions, so does the policy.
     """
 
     planner: SearchPlanner
@@ -62,7 +62,7 @@ class PolicyGuided:
             if imagined.obs is None:
                 raise ValueError("these dynamics predict no observations, so a policy can't act in their dream")
             current = imagined.obs[:, 0]
-        # Where a dream turned non-finite, so did the policy's actions: the middle of the bounds takes their place.
+        # In a non-finite dream the policy's actions aren't finite either: the middle of the bounds replaces them.
         proposed = torch.cat(actions, 1)
         middle = (low + high) / 2
         proposed = torch.where(proposed.isfinite(), proposed, middle)

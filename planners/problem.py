@@ -1,4 +1,4 @@
-"""Problem: what is planned, from which states, for which objective."""
+"""Problem: the dynamics, states and objective that a planner plans for."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ class Problem:
 
     dynamics: Dynamics
     state: LatentState  # of B rows, each of which is planned for independently
-    warm: Plan | None = (
-        None  # to search around, such as ``last_plan.shifted(...)``; None: the middle
-    )
+    warm: Plan | None = None  # to search around, such as ``last_plan.shifted(...)``; None: the middle of the bounds
     seed: int | Tensor = 0  # one int for every row, or int64 [B], one for each
-    obs: Tensor | None = None  # [B,O] the present observations; needed where the objective looks at every step
+    obs: Tensor | None = None  # [B,O] the present observations; needed if ``objective.needs_obs``
     objective: Objective = Objective()
-    keep_trace: bool = False  # return all that was dreamed, as ``Plan.trace``
+    keep_trace: bool = False  # return all candidates, as ``Plan.trace``

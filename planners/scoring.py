@@ -1,4 +1,4 @@
-"""``score``, the one place where candidates are dreamed, and how they compare."""
+"""``score``, which dreams all candidates of all planners, and the order of their scores."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from planners.objective import Objective
 from world_model.contract import Dynamics
 from world_model.state import LatentState
 
-# Dreamed side by side by one ``imagine`` call; more candidates take turns. That bounds the memory, and on a CPU keeps
-# their states in its caches from one chunk to the next.
+# The most that one ``imagine`` call dreams; more candidates are dreamed in turns. That bounds the memory, and on a CPU
+# keeps their states in its caches from one chunk to the next.
 MAX_DREAMS = 16_384
 MAX_BYTES = 4 << 20  # of states, on a CPU
 
 
 class Scores(NamedTuple):
-    """What N candidates for each of B rows were imagined to earn."""
+    """The imagined returns of N candidates for each of B rows."""
 
     value: Tensor  # [B,N], -inf where it isn't finite
-    violation: Tensor | None = None  # [B,N], by how much limits were exceeded; None where there are none
-    futures: Tensor | None = None  # [B,N,H*K,O], what was imagined, where it was asked for; NaN after an end
+    violation: Tensor | None = None  # [B,N], by how much costs exceed their limit; None without one
+    futures: Tensor | None = None  # [B,N,H*K,O], the imagined observations, if requested; NaN after an end
 
     def best(self, n: int) -> Tensor:
         """The n best of each row, best first -> int64 [B,n]: the least violation first, then the highest return."""
-        if self.violation is None:  # of equals the first leads: the mean of a search, which is candidate 0
+        if self.violation is None:  # argmax takes the first of equals: candidate 0, the mean of a search
             return self.value.argmax(1, keepdim=True) if n == 1 else self.value.topk(n, dim=1).indices
         order = self.value.argsort(dim=1, descending=True, stable=True)
         return order.gather(1, self.violation.gather(1, order).argsort(dim=1, stable=True))[:, :n]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
-        """With ``change`` made to every tensor that there is."""
+        """The scores with ``change`` applied to each of their tensors."""
         violation = None if self.violation is None else change(self.violation)
         return Scores(change(self.value), violation, None if self.futures is None else change(self.futures))
 
     @staticmethod
     def join(parts: Sequence[Scores], dim: int) -> Scores:
-        """All that was scored alike, one after the other."""
+        """Concatenate scores, which must have the same tensors, along ``dim``."""
         each = ([x for x in tensors if x is not None] for tensors in zip(*parts, strict=True))
         value, violation, futures = (torch.cat(tensors, dim) if tensors else None for tensors in each)
         assert value is not None
@@ -56,13 +56,13 @@ def score(
     futures: bool = False,
     gradients: bool = False,
 ) -> Scores:
-    """Dream every candidate [B,N,H,K,A] from its row of ``state`` -> what it earns.
+    """Dream every candidate [B,N,H,K,A] from its row of ``state`` -> its return.
 
     The value is the sum of discount**t times the reward of inner step t = 0..H*K-1, up to and including the step that
-    terminates, and discount**(H*K) times the objective's value of the last observation where none does. What isn't
-    finite becomes -inf, and its violation inf. obs: [B,O], the present observation, for objectives that look at every
-    step. futures: keep the imagined observations. gradients: those that the dynamics pass on to the candidates. Raises
-    ValueError on shapes that don't fit.
+    terminates; where none does, plus discount**(H*K) times the objective's value of the last observation. A value that
+    isn't finite becomes -inf, and its violation inf. obs: [B,O], the present observation, if the objective
+    ``needs_obs``. futures: keep the imagined observations. gradients: record those of the candidates. Raises ValueError
+    for shapes that don't fit.
     """
     actions_dim = dynamics.spec.action_box.shape[0]
     if candidates.ndim != 5 or candidates.shape[0] != state.batch or candidates.shape[-1] != actions_dim:
@@ -84,21 +84,21 @@ def score(
             raise ValueError(f"goal_weight must be {list(expected[1:])}, got {list(objective.goal_weight.shape)}")
         goal = goal.to(candidates).expand(expected)
 
-    n, most = candidates.shape[1], MAX_DREAMS
+    n, limit = candidates.shape[1], MAX_DREAMS
     if candidates.device.type == "cpu":
-        most = min(most, max(1, MAX_BYTES * state.batch // max(1, state.nbytes)))
+        limit = min(limit, max(1, MAX_BYTES * state.batch // max(1, state.nbytes)))
     flat = candidates.flatten(0, 1)
     with torch.set_grad_enabled(gradients):
-        if len(flat) <= most:
-            now, there = (None if x is None else x.repeat_interleave(n, 0) for x in (obs, goal))
-            scored = _dream(dynamics, state.expand(n), flat, objective, now, there, futures)
+        if len(flat) <= limit:
+            start, target = (None if x is None else x.repeat_interleave(n, 0) for x in (obs, goal))
+            scores = _dream(dynamics, state.expand(n), flat, objective, start, target, futures)
         else:
             parts, rows = [], torch.arange(state.batch, device=flat.device).repeat_interleave(n)
-            for at, actions in zip(rows.split(most), flat.split(most), strict=True):
-                now, there = (None if x is None else x[at] for x in (obs, goal))
-                parts.append(_dream(dynamics, state.select(at), actions, objective, now, there, futures))
-            scored = Scores.join(parts, 0)
-    return scored.each(lambda x: x.unflatten(0, (-1, n)))
+            for at, actions in zip(rows.split(limit), flat.split(limit), strict=True):
+                start, target = (None if x is None else x[at] for x in (obs, goal))
+                parts.append(_dream(dynamics, state.select(at), actions, objective, start, target, futures))
+            scores = Scores.join(parts, 0)
+    return scores.each(lambda x: x.unflatten(0, (-1, n)))
 
 
 def _dream(
@@ -110,8 +110,8 @@ def _dream(
     goal: Tensor | None,
     futures: bool,
 ) -> Scores:
-    """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scored with [R] in place of [B,N]."""
-    rewards, ends, costs, seen = [], [], [], []
+    """Dream actions [R,H,K,A], one sequence for each row of ``state`` -> Scores with [R] in place of [B,N]."""
+    rewards, ends, costs, observations = [], [], [], []
     needs_obs, chunks = objective.needs_obs, actions.unbind(1)
     for number, chunk in enumerate(chunks, 1):
         decode = needs_obs or futures or (number == len(chunks) and objective.value_fn is not None)
@@ -120,7 +120,7 @@ def _dream(
         if decode:
             if after is None:
                 raise ValueError("this objective needs observations, but imagine(decode=True) gave None")
-            seen.append(after)
+            observations.append(after)
         if needs_obs:
             assert obs is not None and after is not None
             before, obs = torch.cat([obs[:, None], after[:, :-1]], dim=1), after[:, -1]
@@ -134,12 +134,12 @@ def _dream(
         rewards.append(reward)
         ends.append(imagined.terminated)
     ended = torch.cat(ends, dim=1)
-    # No termination before this step; the terminating step itself still counts.
+    # Steps up to the terminating one, which itself counts.
     counts = ended.cumsum(1) == ended if ended.any() else None
 
     def total(steps: list[Tensor], discount: float = 1.0) -> Tensor:
         each = torch.cat(steps, dim=1)
-        if counts is not None:  # masked before it is weighed: what follows a termination may well be NaN
+        if counts is not None:  # masked before the product: steps after a termination may be NaN
             each = torch.where(counts, each, 0.0)
         if discount == 1:
             return each.sum(1)
@@ -147,26 +147,26 @@ def _dream(
 
     value = total(rewards, objective.discount)
     if objective.value_fn is not None:
-        later = _like(value, "value_fn", objective.value_fn(seen[-1][:, -1]))
+        later = _like(value, "value_fn", objective.value_fn(observations[-1][:, -1]))
         value = value + torch.where(ended.any(1), 0.0, objective.discount ** ended.shape[1] * later)
     violation = None
     if objective.cost_limit is not None:
         violation = (total(costs) - objective.cost_limit).clamp(min=0)
-        lost = ~(value + violation).isfinite()
-        value, violation = value.masked_fill(lost, -torch.inf), violation.masked_fill(lost, torch.inf)
+        invalid = ~(value + violation).isfinite()
+        value, violation = value.masked_fill(invalid, -torch.inf), violation.masked_fill(invalid, torch.inf)
     value = value.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     if not futures:
         return Scores(value, violation)
-    shown = torch.cat(seen, dim=1)
-    return Scores(value, violation, shown if counts is None else torch.where(counts[..., None], shown, torch.nan))
+    future = torch.cat(observations, dim=1)
+    return Scores(value, violation, future if counts is None else torch.where(counts[..., None], future, torch.nan))
 
 
-def _like(like: Tensor, name: str, given: Tensor) -> Tensor:
-    """In ``like``'s dtype. Raises ValueError where a function of the objective gave another shape than it must."""
-    if not isinstance(given, Tensor) or given.shape != like.shape:
-        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+def _like(like: Tensor, name: str, result: Tensor) -> Tensor:
+    """The result of an objective's function in ``like``'s dtype. Raises ValueError where its shape isn't ``like``'s."""
+    if not isinstance(result, Tensor) or result.shape != like.shape:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(
             f"{name} must drop the last dimension of its arguments: expected a tensor of shape {list(like.shape)}, got "
             f"{got}"
         )
-    return given.to(like.dtype)
+    return result.to(like.dtype)

@@ -15,7 +15,7 @@ from planners.search import Search
 class RandomShooting(SearchPlanner):
     """Actions uniform within their bounds, independent at every step (arXiv 1708.02596, section IV-C).
 
-    The plan that the search starts from is always candidate 0, so a warm start is only left for something better.
+    Candidate 0 is the plan that the search starts from, so that the result is never worse than a warm start.
     """
 
     candidates: int = 1000  # N
@@ -25,7 +25,7 @@ class RandomShooting(SearchPlanner):
         require_positive(candidates=self.candidates)
 
     def find(self, search: Search) -> Plan:
-        """-> the best candidate [B,H,K,A] of each row, with its own imagined return [B]."""
+        """-> the best candidate [B,H,K,A] of each row, with its imagined return [B]."""
         samples = torch.lerp(search.low, search.high, search.uniform(self.candidates))
         samples[:, 0] = search.mean
         search.score(search.with_warm(samples))
