@@ -1,9 +1,9 @@
-"""The real simulators: made, chunked, saved and restored, and offered to planners as the truth."""
+"""The real simulators: make them, step them by chunks, save and restore their exact states, plan in them."""
 
 from contextlib import suppress
 
-# Before anything is drawn: where Mesa draws in software, its LLVM and Triton's don't get on, and a process that loads
-# Triton second, as torch does for its first optimizer, dies of it.
+# Mesa's software renderer and Triton bring an LLVM each. A process that renders before it loads Triton, as torch does
+# for its first optimizer, crashes; so Triton is loaded here, before anything is rendered.
 with suppress(ImportError):
     import triton  # noqa: F401
 
@@ -20,10 +20,10 @@ __all__ = [
     "Embodiment",
     "Expert",
     "SimulatorDynamics",
-    "draw",
     "get_state",
     "make_real",
     "observation_of",
+    "render_observation",
     "set_state",
     "state_from_observation",
 ]

@@ -1,4 +1,4 @@
-"""ChunkedActions: a simulator that takes K actions a step, the same decision process as the dream with chunk=K."""
+"""ChunkedActions: a simulator that takes K actions a step, as the dream with chunk=K does."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ChunkedActions(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     A step returns the last observation [O], the sum of the rewards up to it, ``terminated``, ``truncated``, and the
     last inner step's info with ``info["inner"]`` added: ``obs`` [k,O], ``reward`` [k] and ``terminated`` [k] of the
-    k <= K inner steps that were played. Of Discrete actions a chunk is a MultiDiscrete [K]. Raises ValueError for a
+    k <= K inner steps that were played. A chunk of Discrete actions is a MultiDiscrete [K]. Raises ValueError for a
     chunk below 1 or another action space; ``step`` raises TypeError for actions that aren't numbers and ValueError for
-    a wrong shape, a NaN, or one out of the space's bounds.
+    a wrong shape, a NaN, or an action out of bounds.
     """
 
     def __init__(self, env: gym.Env, chunk: int):
@@ -35,19 +35,19 @@ class ChunkedActions(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         actions = self._check(action)
-        obs, rewards, ends = [], [], []
+        obs, rewards, terminations = [], [], []
         for single in actions:
             last, reward, terminated, truncated, info = self.env.step(single)
             obs.append(last)
             rewards.append(float(reward))
-            ends.append(bool(terminated))
+            terminations.append(bool(terminated))
             if terminated or truncated:
                 break
-        inner = {"obs": _stacked(obs), "reward": np.array(rewards), "terminated": np.array(ends)}
+        inner = {"obs": _stack(obs), "reward": np.array(rewards), "terminated": np.array(terminations)}
         return last, float(sum(rewards)), bool(terminated), bool(truncated), {**info, "inner": inner}
 
 
-def _stacked(obs: list[Any]) -> Any:
+def _stack(obs: list[Any]) -> Any:
     if isinstance(obs[0], dict):
-        return {key: _stacked([part[key] for part in obs]) for key in obs[0]}
+        return {key: _stack([part[key] for part in obs]) for key in obs[0]}
     return np.stack(obs)

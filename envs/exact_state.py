@@ -1,4 +1,4 @@
-"""The exact state of a simulator as one float64 vector: read it, write it, or work it out from an observation."""
+"""The exact state of a simulator as one float64 vector: read it, write it, or compute it from an observation."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ except ImportError:  # Pendulum-v1 needs no MuJoCo
 
 INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION) if mujoco else 0  # everything that MuJoCo's next step reads
 
-# Hopper, Walker2d and InvertedDoublePendulum clip the speeds that they show at this value (m/s and rad/s).
+# Hopper, Walker2d and InvertedDoublePendulum clip the velocities in their observations at this value (m/s, rad/s).
 SPEED_CLIP = 10.0
 
 
 def is_mujoco(env: gym.Env) -> bool:
-    """Whether ``env`` is one of Gymnasium's MuJoCo tasks (or any env that keeps a MuJoCo ``model`` and ``data``)."""
+    """Whether ``env`` is one of Gymnasium's MuJoCo tasks (or any env with a MuJoCo ``model`` and ``data``)."""
     return mujoco is not None and isinstance(getattr(env.unwrapped, "data", None), mujoco.MjData)
 
 
 def get_state(env: gym.Env) -> NDArray[np.float64]:
-    """Everything the next steps depend on -> [S] float64. Raises TypeError for an env that is not supported.
+    """Everything that the next steps depend on -> [S] float64. Raises TypeError for an env that is not supported.
 
     For MuJoCo: the full integration state (time, qpos, qvel, act, the solver's warm start, ctrl, applied forces, ...),
-    then ``xpos`` and ``xipos``, the places of the bodies, which MuJoCo leaves one substep behind qpos and from which
-    some tasks compute rewards and observations. For Pendulum-v1: angle (rad) and angular velocity (rad/s). robosuite's
+    then ``xpos`` and ``xipos``, the positions of the bodies: MuJoCo leaves them one substep behind qpos, and some tasks
+    compute rewards and observations from them. For Pendulum-v1: angle (rad) and angular velocity (rad/s). robosuite's
     tasks have a ``get_state`` and a ``set_state`` of their own, which are called here.
     """
     sim: Any = _supported(env)
-    if _keeps_own_state(sim):
+    if _has_own_state(sim):
         return sim.get_state()
     return np.array(sim.state, dtype=np.float64) if isinstance(sim, PendulumEnv) else _pack(sim.model, sim.data)
 
 
 def set_state(env: gym.Env, state: NDArray[np.float64]) -> None:
-    """Puts ``env`` into a state [S] of ``get_state`` or ``state_from_observation``.
+    """Put ``env`` into a state [S] of ``get_state`` or ``state_from_observation``.
 
-    What is played afterwards equals, bit for bit, what was played after ``get_state``. The time limit's counter is
-    not a part of it. Raises ValueError for a state of another size or with a NaN.
+    The steps that follow equal, bit for bit, those that followed ``get_state``. The time limit's counter is not part
+    of the state. Raises ValueError for a state of another size or with a NaN.
     """
     sim: Any = _supported(env)
-    if _keeps_own_state(sim):
+    if _has_own_state(sim):
         return sim.set_state(state)
     pendulum = isinstance(sim, PendulumEnv)
     size = 2 if pendulum else integration_size(sim.model) + 6 * sim.model.nbody
@@ -55,51 +55,51 @@ def set_state(env: gym.Env, state: NDArray[np.float64]) -> None:
     if pendulum:
         sim.state, sim.last_u = state.copy(), None
         return
-    integration, places = np.split(state, [size - 6 * sim.model.nbody])
+    integration, positions = np.split(state, [size - 6 * sim.model.nbody])
     mujoco.mj_setState(sim.model, sim.data, integration, INTEGRATION)
     mujoco.mj_forward(sim.model, sim.data)
-    # mj_forward starts the solver anew and moves the bodies on to qpos: undo both, for a replay to be exact.
+    # mj_forward restarts the solver and moves the bodies to qpos. Undo both, so that a replay is exact.
     mujoco.mj_setState(sim.model, sim.data, integration, INTEGRATION)
-    sim.data.xpos.flat, sim.data.xipos.flat = np.split(places, 2)
+    sim.data.xpos.flat, sim.data.xipos.flat = np.split(positions, 2)
 
 
 def integration_size(model: Any) -> int:
-    """How many numbers MuJoCo's integration state has; a state [S] of ``get_state`` begins with them."""
+    """The size of MuJoCo's integration state, with which a state [S] of ``get_state`` begins."""
     return mujoco.mj_stateSize(model, INTEGRATION)
 
 
 def observation_of(env: gym.Env) -> NDArray[Any]:
-    """What ``env`` shows of the state it is in -> [O]."""
+    """The observation of the state that ``env`` is in -> [O]."""
     sim: Any = _supported(env)
     return sim._get_obs()
 
 
 def state_from_observation(env: gym.Env, obs: ArrayLike, *, pose_only: bool = False) -> NDArray[np.float64]:
-    """The state that shows ``obs`` [O] -> [S], for ``set_state``. ``env`` itself is left as it is.
+    """The state whose observation is ``obs`` [O] -> [S], for ``set_state``. ``env`` itself does not change.
 
     Possible for Pendulum-v1, Reacher-v5, HalfCheetah-v5, Swimmer-v5, InvertedPendulum-v5, InvertedDoublePendulum-v5,
-    Hopper-v5, Walker2d-v5 and CartPoleSwingUp-v0, and with ``pose_only`` also for Pusher-v5. Positions that the task
-    leaves free, such as the distance travelled, are 0. Angles shown as a cosine and a sine that don't quite lie on the
-    circle are taken by their direction, so that a dreamed observation can be drawn.
+    Hopper-v5, Walker2d-v5 and CartPoleSwingUp-v0, and with ``pose_only`` also for Pusher-v5. Positions that the
+    observation leaves out, such as the distance travelled, are 0. A cosine and a sine off the unit circle, as dreams
+    have them, give the angle of their direction.
 
-    pose_only: for drawing. Speeds that the observation hides (those of Pusher's object, or those clipped at 10) are
-    0 instead of an error.
+    pose_only: for rendering: velocities that the observation hides (those of Pusher's object, or those clipped at 10)
+        are 0 instead of an error.
 
-    Raises ValueError for an observation of another shape, with a NaN, or with a hidden speed, and TypeError for a
+    Raises ValueError for an observation of another shape, with a NaN, or with a hidden velocity, and TypeError for a
     task whose observation doesn't determine its state.
     """
     sim: Any = _supported(env)
-    if _keeps_own_state(sim):
-        raise TypeError(_undetermined(sim))
-    shown = np.asarray(obs, dtype=np.float64)
-    if shown.shape != sim.observation_space.shape or not np.isfinite(shown).all():
+    if _has_own_state(sim):
+        raise TypeError(_undetermined_message(sim))
+    vector = np.asarray(obs, dtype=np.float64)
+    if vector.shape != sim.observation_space.shape or not np.isfinite(vector).all():
         raise ValueError(
             f"an observation of {_name(sim)} is {sim.observation_space.shape} finite numbers, got shape "
-            f"{shown.shape} with {int((~np.isfinite(shown)).sum())} non-finite"
+            f"{vector.shape} with {int((~np.isfinite(vector)).sum())} non-finite"
         )
     if isinstance(sim, PendulumEnv):
-        return np.array([np.arctan2(shown[1], shown[0]), shown[2]])
-    qpos, qvel = _positions_and_speeds(sim, shown)
+        return np.array([np.arctan2(vector[1], vector[0]), vector[2]])
+    qpos, qvel = _positions_and_velocities(sim, vector)
     hidden = np.isnan(qvel)
     if hidden.any() and not pose_only:
         raise ValueError(
@@ -114,40 +114,40 @@ def state_from_observation(env: gym.Env, obs: ArrayLike, *, pose_only: bool = Fa
     return _pack(sim.model, data)
 
 
-def settle(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A MuJoCo state [S] whose positions or velocities were changed -> one whose bodies are where they now belong."""
+def update_bodies(env: gym.Env, state: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A MuJoCo state [S] with changed qpos or qvel -> the state [S] with its bodies' positions recomputed."""
     sim: Any = _supported(env)
     data, integration = mujoco.MjData(sim.model), state[: integration_size(sim.model)]
     mujoco.mj_setState(sim.model, data, integration, INTEGRATION)
     mujoco.mj_normalizeQuat(sim.model, data.qpos)
-    settled = data.qpos.copy()
+    qpos = data.qpos.copy()
     mujoco.mj_forward(sim.model, data)
-    mujoco.mj_setState(sim.model, data, integration, INTEGRATION)  # mj_forward starts the solver anew
-    data.qpos[:] = settled
+    mujoco.mj_setState(sim.model, data, integration, INTEGRATION)  # mj_forward restarts the solver
+    data.qpos[:] = qpos
     packed = _pack(sim.model, data)
-    if _keeps_own_state(sim):  # what follows the integration state there is not of bodies
+    if _has_own_state(sim):  # other numbers than bodies' positions follow the integration state there
         packed = np.append(packed[: integration.size], state[integration.size :])
     return packed
 
 
 def render_observation(env: gym.Env, obs: ArrayLike) -> Any:
-    """What ``env.render()`` gives for the observation [O], real or dreamed. ``env`` is left in the state drawn.
+    """``env.render()`` of the observation [O], real or dreamed. ``env`` is left in the state rendered.
 
-    Of robosuite's tasks Lift can be drawn. Raises as ``state_from_observation`` does, and TypeError where ``env`` was
-    made without a ``render_mode``.
+    Of robosuite's tasks, Lift can be rendered. Raises as ``state_from_observation`` does, and TypeError where ``env``
+    was made without a ``render_mode``.
     """
     if env.render_mode is None:
         raise TypeError("this env has no render_mode: make it with make_real(..., render_mode='rgb_array')")
     sim: Any = env.unwrapped
-    if hasattr(sim, "pose"):
-        sim.pose(obs)
+    if hasattr(sim, "set_pose"):
+        sim.set_pose(obs)
     else:
         set_state(env, state_from_observation(env, obs, pose_only=True))
     return env.render()
 
 
-def _positions_and_speeds(sim: Any, obs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(qpos, qvel) that show ``obs``, with NaN for each speed that it hides."""
+def _positions_and_velocities(sim: Any, obs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The (qpos, qvel) whose observation is ``obs``, with NaN for each velocity that it hides."""
     nq, nv = sim.model.nq, sim.model.nv
     match _name(sim):
         case "InvertedPendulum-v5":
@@ -161,16 +161,16 @@ def _positions_and_speeds(sim: Any, obs: NDArray[np.float64]) -> tuple[NDArray[n
         case "InvertedDoublePendulum-v5":
             return np.append(obs[0], np.arctan2(obs[1:3], obs[3:5])), _unclipped(obs[5:8])
         case "Reacher-v5":
-            # The target's slides are never pushed: their speed is 0. The last two numbers follow from the rest.
+            # The target is never pushed, so its velocity is 0. The last two numbers follow from the others.
             return np.append(np.arctan2(obs[2:4], obs[0:2]), obs[4:6]), np.append(obs[6:8], [0.0, 0.0])
         case "Pusher-v5":
-            # Relative to where each body hangs at joint position 0; the joints are (y, x) of object and of goal.
+            # Relative to each body's position at joint position 0; the joints are (y, x) of object and of goal.
             origin = {name: sim.model.body(name).pos for name in ("object", "goal")}
-            there, goal = obs[17:20] - origin["object"], obs[20:23] - origin["goal"]
-            hidden = [np.nan, np.nan, 0.0, 0.0]  # the object slides unseen, the goal is never pushed
-            return np.concatenate([obs[:7], there[[1, 0]], goal[[1, 0]]]), np.append(obs[7:14], hidden)
+            object_pos, goal_pos = obs[17:20] - origin["object"], obs[20:23] - origin["goal"]
+            hidden = [np.nan, np.nan, 0.0, 0.0]  # the object's are not observed, the goal is never pushed
+            return np.concatenate([obs[:7], object_pos[[1, 0]], goal_pos[[1, 0]]]), np.append(obs[7:14], hidden)
         case _:
-            raise TypeError(_undetermined(sim))
+            raise TypeError(_undetermined_message(sim))
 
 
 def _pack(model: Any, data: Any) -> NDArray[np.float64]:
@@ -183,14 +183,14 @@ def _unclipped(qvel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.abs(qvel) < SPEED_CLIP, qvel, np.nan)
 
 
-def _undetermined(sim: gym.Env) -> str:
+def _undetermined_message(sim: gym.Env) -> str:
     return (
         f"an observation of {_name(sim)} doesn't determine the simulator's state, so it can be neither drawn nor "
         "continued from; continue from an exact state (get_state, or SimulatorDynamics.capture)"
     )
 
 
-def _keeps_own_state(sim: gym.Env) -> bool:
+def _has_own_state(sim: gym.Env) -> bool:
     """Whether ``sim`` is one of robosuite's tasks. Gymnasium's have a ``set_state`` too, but no ``get_state``."""
     return hasattr(sim, "get_state")
 

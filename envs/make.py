@@ -1,4 +1,4 @@
-"""Makes the real simulator that a dream stands in for."""
+"""Makes the real simulator that a model dreams of."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from envs.chunked import ChunkedActions
 def make_real(env_id: str, *, chunk: int = 1, **gym_kwargs: Any) -> gym.Env:
     """The simulator ``env_id``; with chunk=K its step takes K actions [K,A] and is the dream's step with chunk=K.
 
-    chunk=1 is ``gym.make(env_id, **gym_kwargs)`` itself. An id may bring arguments along, Python literals or words:
+    chunk=1 is ``gym.make(env_id, **gym_kwargs)`` itself. An id may carry arguments, Python literals or words:
     "robosuite/Lift-v0,robots=Sawyer,cameras=('agentview',)". Raises ImportError where the task needs MuJoCo or
     robosuite and that is not installed, ValueError for a chunk below 1 or arguments of another form, and Gymnasium's
     own error for an unknown ``env_id``.
     """
     env_id, _, arguments = env_id.partition(",")
-    gym_kwargs = _parsed(arguments) | gym_kwargs
+    gym_kwargs = _parse_arguments(arguments) | gym_kwargs
     try:
         env = gym.make(env_id, **gym_kwargs)
     except (ImportError, gym.error.DependencyNotInstalled) as error:
@@ -32,15 +32,15 @@ def make_real(env_id: str, *, chunk: int = 1, **gym_kwargs: Any) -> gym.Env:
     return env if chunk == 1 else ChunkedActions(env, chunk)
 
 
-def _parsed(arguments: str) -> dict[str, Any]:
+def _parse_arguments(arguments: str) -> dict[str, Any]:
     """ "robots=Sawyer,control_freq=10" as a dict."""
     try:
         call = ast.parse(f"f({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or None in [word.arg for word in call.keywords]:
             raise ValueError
-        given = [(str(word.arg), word.value) for word in call.keywords]
-        parsed = {n: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for n, v in given}
-        if len(parsed) < len(given):
+        pairs = [(str(word.arg), word.value) for word in call.keywords]
+        parsed = {n: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for n, v in pairs}
+        if len(parsed) < len(pairs):
             raise ValueError
         return parsed
     except (SyntaxError, ValueError, TypeError) as error:

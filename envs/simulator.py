@@ -1,4 +1,4 @@
-"""SimulatorDynamics: the true simulator behind a world model's verbs, so that every planner can plan on the truth."""
+"""SimulatorDynamics: the real simulator behind a world model's verbs, so that every planner can plan in it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from envs.exact_state import (
     integration_size,
     observation_of,
     set_state,
-    settle,
     state_from_observation,
+    update_bodies,
 )
 from envs.make import make_real
 from world_model.contract import Imagined, Spec
@@ -34,25 +34,25 @@ except ImportError:  # Pendulum-v1 needs no MuJoCo
 FALLEN = 0.2  # rad, the angle of InvertedPendulum's pole beyond which an episode ends
 
 
-class _Played(NamedTuple):
-    """What the simulator did, in its own precision."""
+class _Rollout(NamedTuple):
+    """What the simulator computed for some actions, in its own precision."""
 
-    simulator: NDArray[np.float64]  # [B,S]
+    simulator: NDArray[np.float64]  # [B,S] after the last action
     obs: NDArray[np.float64]  # [B,K,O]
     reward: NDArray[np.float64]  # [B,K]
     terminated: NDArray[np.bool_]  # [B,K]
 
 
 class SimulatorDynamics:
-    """The simulator ``env_id`` as a ``world_model.contract.Dynamics`` whose imagination is the truth.
+    """The simulator ``env_id`` as a ``world_model.contract.ExactDynamics``.
 
     A state holds, for each of B futures, the simulator's state (``simulator``, float64 [B,S]; NaN until something is
     observed), whether its episode has ended (``ended``, bool [B]) and its seed (``seed``, int64 [B]; these simulators
     draw no noise after a reset, so it is only carried along). An episode that has ended stays where it is: its
     observation repeats, its rewards are 0 and ``terminated`` stays True.
 
-    Works for Pendulum-v1, for Gymnasium's MuJoCo tasks and, but for Wipe, for robosuite's; ``gym_kwargs`` are those of
-    ``make_real``. Raises TypeError for any other task. Not safe to share between threads: one simulator plays all
+    Works for Pendulum-v1, for Gymnasium's MuJoCo tasks and for robosuite's except Wipe; ``gym_kwargs`` are those of
+    ``make_real``. Raises TypeError for any other task. Not safe to share between threads: one simulator computes all
     rows, one after the other.
     """
 
@@ -64,14 +64,14 @@ class SimulatorDynamics:
         self._sim, self._size = sim, get_state(sim).size
         self.spec = Spec(sim.observation_space, sim.action_space, chunk, float(sim.dt))
         if isinstance(sim, PendulumEnv):
-            self._play = self._play_pendulum
+            self._roll_out = self._roll_out_pendulum
         elif sim.spec.id in _READOUTS:
-            self._play = self._play_bare
+            self._roll_out = self._roll_out_mujoco
         else:
-            self._play = self._play_rows
+            self._roll_out = self._roll_out_env
 
     def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        """B futures that know nothing yet; ``observe`` or ``capture`` comes next. seeds: int64 [B]."""
+        """B futures without a simulator's state yet; ``observe`` or ``capture`` gives it. seeds: int64 [B]."""
         if seeds is None:
             seeds = torch.zeros(batch, dtype=torch.int64)
         elif seeds.shape != (batch,):
@@ -85,10 +85,10 @@ class SimulatorDynamics:
         )
 
     def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        """Puts each simulator where its last observation says: obs [B,T,O], actions [B,T,A] (ignored) -> State.
+        """Set each simulator to the state of its last observation: obs [B,T,O], actions [B,T,A] (ignored) -> State.
 
-        As exact as the observation, so to float32's rounding; ``capture`` is exact. Raises ValueError for a wrong
-        shape or a NaN, and what ``state_from_observation`` raises where the observation doesn't determine the state.
+        Exact up to the observation's float32 rounding; ``capture`` is fully exact. Raises ValueError for a wrong shape
+        or a NaN, and what ``state_from_observation`` raises where the observation doesn't determine the state.
         """
         shape = (state.batch, *self.spec.observation_box.shape)
         if obs.ndim != 3 or obs.shape[1] < 1 or (obs.shape[0], *obs.shape[2:]) != shape:
@@ -102,9 +102,9 @@ class SimulatorDynamics:
 
         Raises ValueError for an env of another task than this one.
         """
-        theirs, ours = env.unwrapped.spec, self._sim.spec
-        if theirs is None or ours is None or theirs.id != ours.id:
-            raise ValueError(f"this is the simulator {ours and ours.id}; it can't continue {theirs and theirs.id}")
+        other, own = env.unwrapped.spec, self._sim.spec
+        if other is None or own is None or other.id != own.id:
+            raise ValueError(f"this is the simulator {own and own.id}; it can't continue {other and other.id}")
         return self.at(torch.from_numpy(get_state(env))[None])
 
     def at(self, simulator: Tensor) -> LatentState:
@@ -125,54 +125,54 @@ class SimulatorDynamics:
 
         Raises ValueError for another shape or what isn't finite.
         """
-        wanted = self.coordinates(state).shape
-        if by.shape != wanted or not bool(by.isfinite().all()):
-            raise ValueError(f"the displacement must be finite and [B,Q] = {tuple(wanted)}, got {tuple(by.shape)}")
+        shape = self.coordinates(state).shape
+        if by.shape != shape or not bool(by.isfinite().all()):
+            raise ValueError(f"the displacement must be finite and [B,Q] = {tuple(shape)}, got {tuple(by.shape)}")
         rows = state["simulator"].clone()
         if isinstance(self._sim, PendulumEnv):
             return state.replace(simulator=rows + by)
-        rows[:, 1 : 1 + wanted[1]] += by
+        rows[:, 1 : 1 + shape[1]] += by
         moved = by.abs().amax(1) > 0
-        placed = [settle(self._sim, row) if bool(m) else row for row, m in zip(rows.numpy(), moved, strict=True)]
-        return state.replace(simulator=torch.from_numpy(np.stack(placed)))
+        states = [update_bodies(self._sim, row) if bool(m) else row for row, m in zip(rows.numpy(), moved, strict=True)]
+        return state.replace(simulator=torch.from_numpy(np.stack(states)))
 
     def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        """Plays actions [B,K,A], 1 <= K <= chunk, in the simulator -> (State after them, Imagined).
+        """Play actions [B,K,A], 1 <= K <= chunk, in the simulator -> (State after them, Imagined).
 
-        Exactly what the real env gives from the same state, rounded to float32. Raises ValueError for actions of a
+        Equal to what the real env gives from the same state, rounded to float32. Raises ValueError for actions of a
         wrong shape, with a NaN or out of range, and for a state that has observed nothing yet.
         """
-        play = self._checked(state, actions)
-        played = self._play(state["simulator"].numpy(), play, state["ended"].numpy())
+        checked = self._check_actions(state, actions)
+        rollout = self._roll_out(state["simulator"].numpy(), checked, state["ended"].numpy())
         after = state.replace(
-            simulator=torch.from_numpy(played.simulator), ended=torch.from_numpy(played.terminated[:, -1].copy())
+            simulator=torch.from_numpy(rollout.simulator), ended=torch.from_numpy(rollout.terminated[:, -1].copy())
         )
-        obs = torch.from_numpy(played.obs).float() if decode else None
-        return after, Imagined(obs, torch.from_numpy(played.reward).float(), torch.from_numpy(played.terminated))
+        obs = torch.from_numpy(rollout.obs).float() if decode else None
+        return after, Imagined(obs, torch.from_numpy(rollout.reward).float(), torch.from_numpy(rollout.terminated))
 
-    def _checked(self, state: LatentState, actions: Tensor) -> NDArray[np.float32]:
+    def _check_actions(self, state: LatentState, actions: Tensor) -> NDArray[np.float32]:
         space, chunk = self.spec.action_box, self.spec.chunk
         b, a = state.batch, space.shape[0]
         if actions.ndim != 3 or actions.shape[::2] != (b, a) or not 1 <= actions.shape[1] <= chunk:
             raise ValueError(f"actions must be [B,K,A] with B={b}, 1<=K<={chunk}, A={a}, got {tuple(actions.shape)}")
         if state["simulator"].isnan().any():
             raise ValueError("this state has observed nothing yet: call observe or capture before imagine")
-        play = actions.detach().cpu().float().numpy()
-        if not np.isfinite(play).all():
-            raise ValueError(f"actions must be finite, {int((~np.isfinite(play)).sum())} of {play.size} are not")
-        if (play < space.low).any() or (play > space.high).any():
+        array = actions.detach().cpu().float().numpy()
+        if not np.isfinite(array).all():
+            raise ValueError(f"actions must be finite, {int((~np.isfinite(array)).sum())} of {array.size} are not")
+        if (array < space.low).any() or (array > space.high).any():
             raise ValueError(
-                f"actions reach from {play.min():g} to {play.max():g}, outside [{space.low}, {space.high}]: clip or "
+                f"actions reach from {array.min():g} to {array.max():g}, outside [{space.low}, {space.high}]: clip or "
                 "rescale them to spec.action_space"
             )
-        return play
+        return array
 
-    def _play_rows(
+    def _roll_out_env(
         self, simulator: NDArray[np.float64], actions: NDArray[np.float32], ended: NDArray[np.bool_]
-    ) -> _Played:
-        """One row after the other with the env's own step."""
+    ) -> _Rollout:
+        """Row by row, by the env's own step."""
         batch, steps = actions.shape[:2]
-        out = _Played(
+        out = _Rollout(
             np.empty_like(simulator),
             np.empty((batch, steps, *self.spec.observation_box.shape)),
             np.zeros((batch, steps)),
@@ -188,10 +188,10 @@ class SimulatorDynamics:
             out.simulator[b] = get_state(self._sim)
         return out
 
-    def _play_bare(
+    def _roll_out_mujoco(
         self, simulator: NDArray[np.float64], actions: NDArray[np.float32], ended: NDArray[np.bool_]
-    ) -> _Played:
-        """One row after the other with MuJoCo alone, and what they show and earn for all rows at once.
+    ) -> _Rollout:
+        """Row by row by MuJoCo alone; then the observations and rewards of all rows at once.
 
         One and a half to two times as fast as the env's own step.
         """
@@ -199,7 +199,7 @@ class SimulatorDynamics:
         ctrl, xpos, xipos = data.ctrl, data.xpos.reshape(-1), data.xipos.reshape(-1)
         n = integration_size(model)
         m = n + xpos.size
-        readout, ends = _READOUTS[self._sim.spec.id], self._sim.spec.id == "InvertedPendulum-v5"
+        readout, can_fall = _READOUTS[self._sim.spec.id], self._sim.spec.id == "InvertedPendulum-v5"
         states = np.empty((*actions.shape[:2], simulator.shape[1]))
         terminated = np.repeat(ended[:, None], actions.shape[1], axis=1)
         for b, row in enumerate(actions):
@@ -214,43 +214,43 @@ class SimulatorDynamics:
                 mujoco.mj_getState(model, data, state[:n], INTEGRATION)
                 state[n:m] = xpos
                 state[m:] = xipos
-                if ends and not abs(data.qpos[1]) <= FALLEN:
+                if can_fall and not abs(data.qpos[1]) <= FALLEN:
                     states[b, k:], terminated[b, k:] = state, True
                     break
         before = np.concatenate([simulator[:, None], states[:, :-1]], axis=1)
         obs, reward = readout(self._sim, before, states, actions.astype(np.float64))
-        return _Played(states[:, -1].copy(), obs, np.where(ended[:, None], 0.0, reward), terminated)
+        return _Rollout(states[:, -1].copy(), obs, np.where(ended[:, None], 0.0, reward), terminated)
 
-    def _play_pendulum(
+    def _roll_out_pendulum(
         self, simulator: NDArray[np.float64], actions: NDArray[np.float32], ended: NDArray[np.bool_]
-    ) -> _Played:
-        """All rows at once, with the equations of Gymnasium's PendulumEnv.step, whose episodes never terminate."""
+    ) -> _Rollout:
+        """All rows at once, by the equations of Gymnasium's PendulumEnv.step, whose episodes never terminate."""
         sim = self._sim
         angle, speed = simulator[:, 0], simulator[:, 1]
         obs, reward = [], []
         for torque in np.moveaxis(actions[:, :, 0].astype(np.float64), 1, 0):
             reward.append(-(angle_normalize(angle) ** 2 + 0.1 * speed**2 + 0.001 * torque**2))
-            push = 3 * sim.g / (2 * sim.l) * np.sin(angle) + 3.0 / (sim.m * sim.l**2) * torque
-            speed = np.clip(speed + push * sim.dt, -sim.max_speed, sim.max_speed)
+            acceleration = 3 * sim.g / (2 * sim.l) * np.sin(angle) + 3.0 / (sim.m * sim.l**2) * torque
+            speed = np.clip(speed + acceleration * sim.dt, -sim.max_speed, sim.max_speed)
             angle = angle + speed * sim.dt
             obs.append(np.stack([np.cos(angle), np.sin(angle), speed], axis=-1))
         never = np.zeros(actions.shape[:2], dtype=bool)
-        return _Played(np.stack([angle, speed], axis=-1), np.stack(obs, axis=1), np.stack(reward, axis=1), never)
+        return _Rollout(np.stack([angle, speed], axis=-1), np.stack(obs, axis=1), np.stack(reward, axis=1), never)
 
 
 Array = NDArray[np.float64]
 
 
-# What each task shows [B,K,O] and pays [B,K] for its states before and after actions [B,K,...]: a few lines over many
-# states at once.
+# The observations [B,K,O] and rewards [B,K] of each task, of its states before and after actions, [B,K,...]. They must
+# equal the env's own, which knows one state at a time.
 
 
 def _reacher(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
     qpos, qvel, xpos = _unpack(sim, after)
-    apart = xpos[..., sim.data.body("fingertip").id, :] - xpos[..., sim.data.body("target").id, :]
+    offset = xpos[..., sim.data.body("fingertip").id, :] - xpos[..., sim.data.body("target").id, :]
     angles = qpos[..., :2]
-    obs = [np.cos(angles), np.sin(angles), qpos[..., 2:], qvel[..., :2], apart[..., :2]]
-    near, effort = -np.linalg.norm(apart, axis=-1), -np.square(actions).sum(axis=-1)
+    obs = [np.cos(angles), np.sin(angles), qpos[..., 2:], qvel[..., :2], offset[..., :2]]
+    near, effort = -np.linalg.norm(offset, axis=-1), -np.square(actions).sum(axis=-1)
     reward = sim._reward_dist_weight * near + sim._reward_control_weight * effort
     return np.concatenate(obs, axis=-1), reward
 
@@ -258,19 +258,19 @@ def _reacher(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Arr
 def _halfcheetah(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
     qpos, qvel, _ = _unpack(sim, after)
     forward = (qpos[..., 0] - _unpack(sim, before)[0][..., 0]) / sim.dt
-    seen = qpos[..., int(sim._exclude_current_positions_from_observation) :]
+    observed = qpos[..., int(sim._exclude_current_positions_from_observation) :]
     effort = np.square(actions).sum(axis=-1)
     reward = sim._forward_reward_weight * forward - sim._ctrl_cost_weight * effort
-    return np.concatenate([seen, qvel], axis=-1), reward
+    return np.concatenate([observed, qvel], axis=-1), reward
 
 
 def _pusher(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
     qpos, qvel, xpos = _unpack(sim, after)
-    tip, thing, goal = (xpos[..., sim.data.body(name).id, :] for name in ("tips_arm", "object", "goal"))
-    near, there = (-np.linalg.norm(thing - place, axis=-1) for place in (tip, goal))
+    tip, obj, goal = (xpos[..., sim.data.body(name).id, :] for name in ("tips_arm", "object", "goal"))
+    near, arrived = (-np.linalg.norm(obj - position, axis=-1) for position in (tip, goal))
     effort = -np.square(actions).sum(axis=-1)
-    reward = sim._reward_near_weight * near + sim._reward_dist_weight * there + sim._reward_control_weight * effort
-    return np.concatenate([qpos[..., :7], qvel[..., :7], tip, thing, goal], axis=-1), reward
+    reward = sim._reward_near_weight * near + sim._reward_dist_weight * arrived + sim._reward_control_weight * effort
+    return np.concatenate([qpos[..., :7], qvel[..., :7], tip, obj, goal], axis=-1), reward
 
 
 def _invertedpendulum(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
@@ -279,17 +279,17 @@ def _invertedpendulum(sim: Any, before: Array, after: Array, actions: Array) -> 
 
 
 def _swingup(sim: Any, before: Array, after: Array, actions: Array) -> tuple[Array, Array]:
-    from envs.swingup import earned, shown  # it needs MuJoCo, which Pendulum-v1 doesn't
+    from envs import swingup  # needs MuJoCo, without which Pendulum-v1 must work
 
-    obs = shown(*_unpack(sim, after)[:2])
-    return obs, earned(obs, actions)
+    obs = swingup.observe(*_unpack(sim, after)[:2])
+    return obs, swingup.compute_reward(obs, actions)
 
 
 def _unpack(sim: Any, state: Array) -> tuple[Array, Array, Array]:
     """qpos, qvel and the bodies' xpos [...,bodies,3] of states [...,S]."""
     nq, nv, bodies = sim.model.nq, sim.model.nv, sim.model.nbody
-    places = state[..., integration_size(sim.model) :][..., : 3 * bodies]
-    return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv], places.reshape(*state.shape[:-1], bodies, 3)
+    positions = state[..., integration_size(sim.model) :][..., : 3 * bodies]
+    return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv], positions.reshape(*state.shape[:-1], bodies, 3)
 
 
 _READOUTS = {

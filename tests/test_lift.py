@@ -147,13 +147,13 @@ def test_a_pose_shows_what_was_observed(way: tuple[torch.Tensor, Any]) -> None:
     seen, fields = way
     env: Any = make_real("robosuite/Lift-v0")
     env.reset(seed=77)  # another cube, elsewhere
-    env.unwrapped.pose(seen[-1].numpy())
+    env.unwrapped.set_pose(seen[-1].numpy())
     shown = env.unwrapped._get_obs()
     for name in ("eef_pos", "cube_pos", "cube_quat", "cube_size", "joint_pos", "gripper_qpos"):
         np.testing.assert_allclose(shown[fields[name]], seen[-1][fields[name]], atol=1e-6, err_msg=name)
     stack: Any = make_real("robosuite/Stack-v0")
     with pytest.raises(TypeError, match="only flat observations of Lift can be drawn, not those of Stack"):
-        stack.unwrapped.pose(stack.reset(seed=0)[0])
+        stack.unwrapped.set_pose(stack.reset(seed=0)[0])
 
 
 def test_the_true_simulator_plans_from_states_that_observations_do_not_tell() -> None:

@@ -18,7 +18,7 @@ from gymnasium.utils.env_checker import check_env
 import kairos_gym  # noqa: F401  (names the tasks)
 from envs import SimulatorDynamics, get_state, make_real, observation_of, set_state, state_from_observation
 from envs.robosuite.embodiments import CONTROLLERS, EMBODIMENTS
-from envs.robosuite.env import _resize
+from envs.robosuite.env import _resize_cube
 from envs.robosuite.experts import Expert
 from world_model.spaces import flatten
 from world_model.state import LatentState
@@ -152,7 +152,7 @@ def test_a_cube_of_another_size_is_as_if_compiled_with_it(sims: dict[Any, gym.En
     env: Any = sim(sims, "Lift").unwrapped
     compiled = robosuite.make("Lift", robots="Panda", use_camera_obs=False, has_offscreen_renderer=False, seed=5)
     size = np.array(compiled.cube.size)
-    _resize(env.model, env._inner.cube, size)
+    _resize_cube(env.model, env._inner.cube, size)
     theirs = compiled.sim.model._model
     for name in [name for name in dir(theirs) if name.startswith(("geom_", "body_", "dof_", "jnt_", "bvh_", "site_"))]:
         ours, wanted = getattr(env.model, name), getattr(theirs, name)

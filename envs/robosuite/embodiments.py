@@ -1,4 +1,4 @@
-"""The six robot arms that robosuite's tasks are offered for: their joints, what is seen of them, what they take."""
+"""The six robot arms of robosuite's tasks: joints, grippers, fields of an observation, numbers of an action."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CONTROLLERS = ("OSC_POSE", "OSC_POSITION", "JOINT_POSITION", "JOINT_TORQUE")
 class Embodiment:
     """One arm with its own gripper.
 
-    ``closing`` holds, for each actuator of the gripper, the sign in which it closes: robosuite counts a gripper's
-    commands up in numbers of these signs, of which ``gripper_action`` in an observation is the common size (from -1,
-    open, to 1, closed). ``step`` is how far one action moves it.
+    ``closing`` is the sign in which each of the gripper's actuators closes. robosuite adds up a gripper's commands in
+    numbers of these signs; ``gripper_action`` in an observation is their common size (from -1, open, to 1, closed), and
+    ``step`` is how far one action moves it.
     """
 
     name: str
     joints: tuple[str, ...]
     low: tuple[float, ...]  # rad; a joint without limits has -inf and inf
     high: tuple[float, ...]  # rad
-    torque: tuple[float, ...]  # N m, the most of each joint
+    torque: tuple[float, ...]  # N m, the limit of each joint
     gripper: str
     gripper_joints: int
     closing: tuple[int, ...]
@@ -31,11 +31,11 @@ class Embodiment:
 
     @cached_property
     def observation(self) -> dict[str, int]:
-        """What an observation holds of the arm: name -> how many numbers.
+        """The arm's fields in an observation: name -> size.
 
         eef_pos (m, world), eef_quat (x, y, z, w), gripper_action, joint_pos (rad), joint_vel (rad/s), gripper_qpos
-        and gripper_qvel (m and m/s for sliding fingers, rad and rad/s for turning ones). The arm-dependent ones stand
-        last, so that the others, and those of the task between them, lie at the same place for every arm.
+        and gripper_qvel (m and m/s for sliding fingers, rad and rad/s for turning ones). Those whose size depends on
+        the arm come last, so that the others, and the task's between them, have the same slices for every arm.
         """
         joints, fingers = len(self.joints), self.gripper_joints
         return {"eef_pos": 3, "eef_quat": 4, "gripper_action": 1} | {
@@ -46,9 +46,9 @@ class Embodiment:
         }
 
     def action(self, controller: str) -> tuple[str, ...]:
-        """What an action's numbers move, in order; the gripper's, whose sign alone counts, is the last."""
-        arm = {"OSC_POSE": OSC_POSE, "OSC_POSITION": OSC_POSITION}.get(controller, self.joints)
-        return (*arm, "gripper")
+        """The names of an action's numbers, in order; the last is the gripper's, of which only the sign counts."""
+        names = {"OSC_POSE": OSC_POSE, "OSC_POSITION": OSC_POSITION}.get(controller, self.joints)
+        return (*names, "gripper")
 
 
 def _numbered(name: str, first: int, count: int) -> tuple[str, ...]:
