@@ -74,8 +74,8 @@ class MPC:
         space's dtype), tensors give tensors.
 
         inner_obs: [B,K,O], all observations during the last chunk, ``obs`` last. Pass it where K > 1, so that the
-        memory sees every step. Without it, the dynamics' predictions stand in for the K-1 missing frames, since a
-        memory counts steps and would put ``obs`` at the wrong time. Ignored for rows that start an episode.
+        memory sees every step. Without it, the dynamics' predictions stand in for the K-1 missing frames, since
+        without them the memory, which counts steps, would date ``obs`` wrongly. Rows that start an episode ignore it.
 
         state: plan from this state of B rows instead of the remembered one, which it replaces (such as
         ``capture(env)`` of ``ExactDynamics``).

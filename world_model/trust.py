@@ -77,7 +77,7 @@ class ConformalBound:
         return self.initial_log[seen.clamp_max(2) - 1].exp()
 
     def propagate(self, uncertainty: Any, before: Any, actions: Any) -> Any:
-        """The uncertainty after each of K steps that began at ``before`` [B,K,O] and played [B,K,A] -> [B,K].
+        """The uncertainty after each of K steps from ``before`` [B,K,O] with actions [B,K,A] -> [B,K].
 
         Arguments are all tensors, or all numpy arrays, which is faster for few dreams.
         """
@@ -85,7 +85,7 @@ class ConformalBound:
         return _grow(xp, own, uncertainty, _inputs(xp, own, xp.concatenate([before, actions], -1)))
 
     def distance(self, before: Tensor, actions: Tensor) -> Tensor:
-        """How far steps that begin at ``before`` [B,K,O] and play [B,K,A] lie from the nearest reference step -> [B,K].
+        """The distance of steps from ``before`` [B,K,O] with actions [B,K,A] to the nearest reference step -> [B,K].
 
         The RMS over observations and actions, each over its std in the training data.
         """

@@ -90,9 +90,9 @@ def read_chunk(qkv_w: Tensor, qkv_a: Tensor, state: Tensor) -> tuple[Tensor, Ten
 
     As ``delta_layer_torch`` with ``Layout(0, (0,), K)``.
     """
-    (batch, frames, count, three), (_, heads, d, _) = qkv_w.shape, state.shape
+    (batch, frames, count, width), (_, heads, d, _) = qkv_w.shape, state.shape
     world, action = as_rows(qkv_w), as_rows(qkv_a)
-    out_w, out_a = (x.new_empty(*x.shape[:3], three // 3) for x in (qkv_w, qkv_a))
+    out_w, out_a = (x.new_empty(*x.shape[:3], width // 3) for x in (qkv_w, qkv_a))
     _read[(batch * heads, triton.cdiv(frames * (count + 1), _BLOCK))](
         world, action, state.float().contiguous(), out_w, out_a,
         world.stride(0), action.stride(0), heads, frames, d**0.5,
@@ -109,9 +109,9 @@ def write_chunk(
     As ``delta_layer_torch`` with ``Layout(F)``. gate [...,2*H], log_rate [H]. ask: False leaves out the outputs, which
     then have no frames.
     """
-    (batch, frames, count, three), (_, heads, d, _) = qkv_w.shape, state.shape
+    (batch, frames, count, width), (_, heads, d, _) = qkv_w.shape, state.shape
     world, action, gates_w, gates_a = (as_rows(x) for x in (qkv_w, qkv_a, gate_w, gate_a))
-    out_w, out_a = (x.new_empty(batch, frames if ask else 0, x.shape[2], three // 3) for x in (qkv_w, qkv_a))
+    out_w, out_a = (x.new_empty(batch, frames if ask else 0, x.shape[2], width // 3) for x in (qkv_w, qkv_a))
     state = state.float().contiguous()
     final, block = torch.empty_like(state), triton.next_power_of_2(d)
     _write[(batch * heads,)](

@@ -100,7 +100,7 @@ def _read_weights(n, g, scale, C: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, log_alpha, beta, state, out, final, saved, order, seen, first,
+    q, k, v, log_alpha, beta, state, out, final, saved, order, counts, first,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, total, reads, chunks, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr,
@@ -124,7 +124,7 @@ def _forward(  # type: ignore[no-untyped-def]
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
             in_r = r + i < last
-            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
+            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(counts + r + i, mask=in_r, other=0)
             query = tl.load(q + index[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
             query = query.to(tl.float32)
             new, old = _read_weights(n, g, scale, C)
@@ -159,7 +159,7 @@ def _writes_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    q, k, v, log_alpha, beta, saved, dout, dfinal, dq, dk, dv, dlog_alpha, dbeta, dstate, order, seen, first,
+    q, k, v, log_alpha, beta, saved, dout, dfinal, dq, dk, dv, dlog_alpha, dbeta, dstate, order, counts, first,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, total, reads, chunks, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, C: tl.constexpr,
@@ -191,7 +191,7 @@ def _backward(  # type: ignore[no-untyped-def]
         last = tl.load(first + c + 1)
         for r in range(tl.load(first + c), last, C):
             in_r = r + i < last
-            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(seen + r + i, mask=in_r, other=0)
+            index, n = tl.load(order + r + i, mask=in_r, other=0), tl.load(counts + r + i, mask=in_r, other=0)
             query = tl.load(q + index[:, None] * q_token + d[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
             dout_r = dout + (row * reads + index[:, None]) * E + e[None, :]
             dout_r = tl.load(dout_r, mask=in_r[:, None] & in_e[None, :], other=0.0).to(tl.float32)
@@ -229,8 +229,10 @@ def _reads(at: tuple[int, ...], total: int, device: torch.device) -> tuple[Tenso
 @constant
 def _chunk_reads(at: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """``reads_by_chunk`` on the device."""
-    order, seen, first = (torch.tensor(x, dtype=torch.int64, device=device) for x in reads_by_chunk(at, chunks, _CHUNK))
-    return order, seen, first
+    order, counts, first = (
+        torch.tensor(x, dtype=torch.int64, device=device) for x in reads_by_chunk(at, chunks, _CHUNK)
+    )
+    return order, counts, first
 
 
 def _run_chunks(

@@ -69,12 +69,12 @@ def attend_window(
     which the last ``age`` [B] have been written. bias [H,R,N]: for the R tokens of the last F' frames, -inf for keys
     that they don't see.
     """
-    (batch, frames, count, three), (_, heads, size, d) = qkv_w.shape, memory_k.shape
+    (batch, frames, count, width), (_, heads, size, d) = qkv_w.shape, memory_k.shape
     group, queries = count + 1, bias.shape[1]
     world, action = as_rows(qkv_w), as_rows(qkv_a)
     old_k, old_v = (x.float().contiguous() for x in (memory_k, memory_v))
     new_k, new_v = (torch.empty_like(x) if clean else x for x in (old_k, old_v))
-    out_w, out_a = (x.new_empty(batch, queries // group, x.shape[2], three // 3) for x in (qkv_w, qkv_a))
+    out_w, out_a = (x.new_empty(batch, queries // group, x.shape[2], width // 3) for x in (qkv_w, qkv_a))
     _window[(batch * heads, max(triton.cdiv(queries, _BLOCK), 1))](
         world, action, bias, old_k, old_v, age.contiguous(), out_w, out_a, new_k, new_v,
         world.stride(0), action.stride(0), *bias.stride()[:2],
