@@ -7,13 +7,13 @@ From the root of the repository (torch 2.13.0's build for CUDA where there is a 
     /tmp/fla/bin/pip install --no-deps fla-core==0.6.0 einops==0.8.2
     OMP_NUM_THREADS=1 PYTHONPATH=. /tmp/fla/bin/python benchmarks/peers/delta.py
 
-Unit keys, d = 32, float32, a memory to begin with, and the memory wanted afterwards. Each has its tensors in the layout
-that it likes, and both must come near to what torch computes in float64, answers, memories and gradients, before
-anything is timed; how near is told, since on a GPU flash-linear-attention multiplies in TF32. There from 8 to 8,192
-heads and 1 to 8,192 keys: "forward" without gradients, where flash-linear-attention has a kernel for streaming and one
-that works by chunks, of which the faster counts, and "both" ways by its chunks. On a CPU it has references alone, which
-say what they compute rather than to be fast: the faster of the two counts too. Median of several turns, by events on a
-GPU, by the thread's CPU time on a CPU. Beside them plain torch, which goes by chunks of 64 keys.
+Unit keys, d = 32, float32; the memory goes in and comes out. Each takes tensors in its own layout. Before anything is
+timed, outputs, memories and gradients of both must be near those of torch in float64; the errors are printed, since on
+a GPU flash-linear-attention multiplies in TF32. There from 8 to 8,192 heads and 1 to 8,192 keys: "forward" without
+gradients, where flash-linear-attention has a streaming kernel and a chunked one, of which the faster counts, and "both"
+ways by its chunked one. On a CPU it has two references only, made for clarity rather than speed: the faster counts.
+Median of several turns, by events on a GPU, by the thread's CPU time on a CPU. Beside them plain torch, by chunks of 64
+keys.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-warnings.filterwarnings("ignore")  # that there is no GPU is said below
+warnings.filterwarnings("ignore")  # it warns that there is no GPU
 
 from fla.ops.gated_delta_rule import naive  # noqa: E402
 
@@ -42,11 +42,11 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 D = 32
 Form = Callable[..., tuple[Tensor, Tensor]]
-refused: set[str] = set()  # why flash-linear-attention did not do some rows
+errors_raised: set[str] = set()  # by flash-linear-attention, in rows that it leaves out
 
 
 def peers(keys: int) -> dict[str, tuple[Form, tuple[str, ...]]]:
-    """What flash-linear-attention has, and which parts of the work each can do."""
+    """flash-linear-attention's implementations, and whether each can do "forward" and "both"."""
     if not GPU:
         recurrent: Any = naive.naive_recurrent_gated_delta_rule
         return {
@@ -70,20 +70,20 @@ def inputs(batch: int, heads: int, keys: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
 
 
-def ours(form: Form, have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
-    leaves = [x.clone().requires_grad_() for x in have.values()]
+def ours(form: Form, tensors: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+    leaves = [x.clone().requires_grad_() for x in tensors.values()]
     return partial(form, *leaves), leaves
 
 
-def theirs(form: Form, have: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
-    leaves = [x.mT if name == "state" else x.transpose(1, 2) for name, x in have.items()]
+def theirs(form: Form, tensors: dict[str, Tensor]) -> tuple[Callable[[], tuple[Tensor, Tensor]], list[Tensor]]:
+    leaves = [x.mT if name == "state" else x.transpose(1, 2) for name, x in tensors.items()]
     leaves = [x.contiguous().requires_grad_() for x in leaves]
     names = ("q", "k", "v", "g", "beta", "initial_state")
     return partial(form, **dict(zip(names, leaves, strict=True)), output_final_state=True), leaves
 
 
 def job(run: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor], part: str) -> Callable[[], list[Tensor]]:
-    """Once forward, or both ways with gains of one; gives outputs, memory and gradients."""
+    """Once forward, or both ways with output gradients of one -> outputs, memory and gradients."""
 
     def forward() -> list[Tensor]:
         with torch.no_grad():
@@ -96,11 +96,11 @@ def job(run: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor], part: st
     return forward if part == "forward" else both
 
 
-def off(truth: list[Tensor], others: list[Tensor], turned: bool) -> float:
-    """The largest relative error among outputs, memory and the six gradients; ``turned``: in the peers' layout."""
+def max_error(truth: list[Tensor], others: list[Tensor], transposed: bool) -> float:
+    """The largest relative error among outputs, memory and the six gradients. transposed: in the peers' layout."""
     errors = []
     for i, (a, b) in enumerate(zip(truth, others, strict=True)):
-        if turned:
+        if transposed:
             b = b.mT if i in (1, 7) else b.transpose(1, 2)
         errors.append(float((b[: len(a)] - a).norm() / a.norm()))
     assert all(error < 0.05 for error in errors), errors
@@ -109,51 +109,53 @@ def off(truth: list[Tensor], others: list[Tensor], turned: bool) -> float:
 
 def seconds(jobs: dict[str, Callable[[], list[Tensor]]], turns: int = 9) -> dict[str, float]:
     """Of one call, median of ``turns``, in which the contenders alternate."""
-    often = {}
-    for name, run in jobs.items():  # warms up, and tells how often it goes into a turn of some 20 ms
+    repeats = {}
+    for name, run in jobs.items():  # warms up, and measures how many calls make a turn of some 20 ms
         run()
-        often[name] = max(1, min(200, int(0.02 / max(timed(run, 1), 1e-6))))
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
+        repeats[name] = max(1, min(200, int(0.02 / max(timed(run, 1), 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(turns):
         for name in list(jobs)[:: 1 if turn % 2 else -1]:
-            taken[name].append(timed(jobs[name], often[name]))
-    return {name: statistics.median(times) for name, times in taken.items()}
+            times[name].append(timed(jobs[name], repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def timed(run: Callable[[], list[Tensor]], often: int) -> float:
+def timed(run: Callable[[], list[Tensor]], repeats: int) -> float:
     if not GPU:
-        began = time.thread_time()
-        for _ in range(often):
+        start_time = time.thread_time()
+        for _ in range(repeats):
             run()
-        return (time.thread_time() - began) / often
+        return (time.thread_time() - start_time) / repeats
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(often):
+    for _ in range(repeats):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000 / often
+    return start.elapsed_time(end) / 1000 / repeats
 
 
 def row(batch: int, heads: int, keys: int, part: str) -> None:
-    have = inputs(batch, heads, keys)
-    jobs = {name: job(*ours(form, have), part) for name, form in (("ours", delta_rule), ("torch", delta_rule_chunked))}
-    truth = job(*ours(delta_rule_chunked, {name: x[:2].double() for name, x in have.items()}), part)()
-    errors = {name: off(truth, run(), turned=False) for name, run in jobs.items()}
+    tensors = inputs(batch, heads, keys)
+    jobs = {
+        name: job(*ours(form, tensors), part) for name, form in (("ours", delta_rule), ("torch", delta_rule_chunked))
+    }
+    truth = job(*ours(delta_rule_chunked, {name: x[:2].double() for name, x in tensors.items()}), part)()
+    errors = {name: max_error(truth, run(), transposed=False) for name, run in jobs.items()}
     for name, (form, parts) in peers(keys).items():
         if part in parts:
-            run = job(*theirs(form, have), part)
+            run = job(*theirs(form, tensors), part)
             try:
-                errors[name] = off(truth, run(), turned=True)
+                errors[name] = max_error(truth, run(), transposed=True)
             except RuntimeError as error:  # on some GPUs it refuses some versions of Triton
-                refused.add(str(error))
+                errors_raised.add(str(error))
             else:
                 jobs[name] = run
     ns = {name: t * 1e9 / (batch * heads * keys) for name, t in seconds(jobs).items()}
     cells = [part, batch * heads, keys, f"{ns['ours']:.4g}", f"{ns['torch']:.4g}"]
-    found = [name for name in ns if name not in ("ours", "torch")]
-    if found:
-        best = min(found, key=ns.__getitem__)
+    peer_names = [name for name in ns if name not in ("ours", "torch")]
+    if peer_names:
+        best = min(peer_names, key=ns.__getitem__)
         cells += [f"{ns[best]:.4g} ({best})", f"{ns[best] / ns['ours']:.2f}x", f"{errors['ours']:.0e}"]
         cells.append(f"{errors[best]:.0e}")
     else:
@@ -174,7 +176,7 @@ def main() -> None:
         for part in ("forward", "both"):
             if part == "forward" or keys >= 64:
                 row(max(1, heads // 4), min(heads, 4), keys, part)
-    print(*refused, sep="\n")
+    print(*errors_raised, sep="\n")
 
 
 if __name__ == "__main__":

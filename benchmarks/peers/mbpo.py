@@ -1,4 +1,4 @@
-"""What mbrl-lib's MBPO learns from so many real steps, and what that costs: real return and CPU time, a line of JSON.
+"""mbrl-lib's MBPO trained on a given number of real steps: its real return and CPU time, as a line of JSON.
 
 From the root of the repository:
 
@@ -12,19 +12,18 @@ most like it: InvertedPendulum's for InvertedPendulum and Pendulum, HalfCheetah'
 differs from what it ships:
 
 - ``--samples`` counts every real step. It ships 5,000 steps of an untrained policy before those of training; here they
-  are a quarter of all steps where 5,000 would be more. Training ends with the last real step and its updates, also
-  where an epoch doesn't.
-- Its evaluation after each epoch, and keeping the policy that did best in it, are left out. What counts is the last
-  policy, and how it stood after each fifth of the steps: without noise, in ten real episodes.
-- It was made for Hydra 1.0 and Gymnasium 0.26. That its configured parts aren't built beforehand, as Hydra does since
-  1.1, is said here; Gymnasium 1.4 needs nothing.
+  are at most a quarter of all steps. Training ends with the last real step and its updates, also within an epoch.
+- Its evaluation after each epoch, and saving the policy that did best in it, are left out. The last policy counts; it
+  is evaluated, as after each fifth of the steps, without noise in ten real episodes.
+- It was made for Hydra 1.0 and Gymnasium 0.26. Since 1.1 Hydra builds nested parts of a configuration beforehand, which
+  is switched off here; Gymnasium 1.4 needs no change.
 
-Its loop is kept as it is: the ensemble is trained first after ``--every`` (as shipped: 200 or 250) steps of training,
-until when the policy is untrained, and after exploration it acts without noise. ``--explore``, ``--every`` and
-``--updates`` can be set for fewer steps than it was made for.
+Its loop is unchanged: the ensemble is first trained after ``--every`` (as shipped: 200 or 250) steps of training, until
+when the policy is untrained, and after exploration it acts without noise. ``--explore``, ``--every`` and ``--updates``
+can be set for fewer steps than it was made for.
 
-``cpu_seconds`` is the CPU time of training, all but the evaluations, and ``parts`` says how much of it went into the
-ensemble, its rollouts and SAC's updates; the rest is mostly the real steps. One thread.
+``cpu_seconds`` is the CPU time of training without the evaluations, and ``parts`` are the shares of the ensemble, its
+rollouts and SAC's updates; the rest is mostly the real steps. One thread.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def settings(
     every: int | None = None,
     updates: int | None = None,
 ) -> Any:
-    """mbrl-lib's configuration as its own main.yaml composes it, and what is changed of it."""
+    """mbrl-lib's configuration as its own main.yaml composes it, with our changes."""
     shipped = Path(mbrl.__file__).parent / "examples" / "conf"
     parts = {"algorithm": "mbpo", "dynamics_model": "gaussian_mlp_ensemble", "overrides": overrides}
     cfg = OmegaConf.create({part: OmegaConf.load(shipped / part / f"{name}.yaml") for part, name in parts.items()})
@@ -79,7 +78,7 @@ def settings(
     if explore is None:
         explore = min(cfg.algorithm.initial_exploration_steps, samples // 4)
     cfg.algorithm.initial_exploration_steps = explore
-    cfg.overrides.num_steps = samples  # more than are left after exploration: it's the environment that ends training
+    cfg.overrides.num_steps = samples  # more than are left after exploration: the environment ends training
     if every is not None:
         cfg.overrides.freq_train_model = every
     if updates is not None:
@@ -107,9 +106,9 @@ class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
 
 
 def evaluate(env: gymnasium.Env[Any, Any], agent: SACAgent) -> list[float]:
-    """The return of each real episode; what is random in training doesn't see it."""
+    """The return of each real episode. Training's random numbers are not affected."""
     returns = []
-    with torch.random.fork_rng(devices=[]):  # the policy draws, also where it acts without noise
+    with torch.random.fork_rng(devices=[]):  # the policy draws numbers even when it acts without noise
         for episode in range(EPISODES):
             obs, _ = env.reset(seed=1000 + episode)
             total, over = 0.0, False
@@ -121,7 +120,7 @@ def evaluate(env: gymnasium.Env[Any, Any], agent: SACAgent) -> list[float]:
 
 
 def train(name: str, samples: int, cfg: Any) -> dict[str, Any]:
-    """Trains with ``samples`` real steps -> what is to be said of it."""
+    """Train with ``samples`` real steps -> returns, CPU time and counts."""
     spent: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     agents: list[SACAgent] = []
@@ -132,16 +131,16 @@ def train(name: str, samples: int, cfg: Any) -> dict[str, Any]:
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            begun = time.process_time()
+            start = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[part] += time.process_time() - begun
+                spent[part] += time.process_time() - start
                 calls[part] += 1
 
         return wrapped
 
-    def made(sac: SAC) -> SACAgent:
+    def make_agent(sac: SAC) -> SACAgent:
         agents.append(SACAgent(sac))
         return agents[-1]
 
@@ -149,7 +148,7 @@ def train(name: str, samples: int, cfg: Any) -> dict[str, Any]:
         if played in fifths and played not in returns:
             returns[played] = timed("evaluation", evaluate)(evaluated, agents[-1])
 
-    mbpo.SACAgent = made
+    mbpo.SACAgent = make_agent
     mbpo.evaluate = lambda *_: -np.inf  # never better than the best, so that nothing is saved
     mbpo.rollout_model_and_populate_sac_buffer = timed("rollouts", mbpo.rollout_model_and_populate_sac_buffer)
     SAC.update_parameters = timed("policy", SAC.update_parameters)
@@ -162,18 +161,18 @@ def train(name: str, samples: int, cfg: Any) -> dict[str, Any]:
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     ends = getattr(termination_fns, SETTINGS[name][1])
-    begun = time.process_time()
+    start = time.process_time()
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         with suppress(Enough):
             mbpo.train(env, evaluated, ends, cfg, work_dir=folder)
-        took = time.process_time() - begun - spent.pop("evaluation", 0.0)
+        cpu_seconds = time.process_time() - start - spent.pop("evaluation", 0.0)
     assert env.played == samples
     last = returns[samples]
     return {
         "return": float(np.mean(last)),
         "returns": last,
         "after": {str(played): float(np.mean(values)) for played, values in returns.items()},
-        "cpu_seconds": round(took, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "parts": {part: round(seconds, 1) for part, seconds in spent.items()},
         "policy_updates": calls["policy"],
         "model_trainings": calls["model"],
@@ -190,26 +189,26 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="real steps between trainings of the model (default: as shipped)")
     parser.add_argument("--updates", type=int, help="policy updates a real step (default: as shipped)")
     parser.add_argument("--out", type=Path, help="a file to which the line is appended too")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    if not 0 < (given.samples // 4 if given.explore is None else given.explore) < given.samples:
+    if not 0 < (args.samples // 4 if args.explore is None else args.explore) < args.samples:
         parser.error("there has to be a real step of exploration, and one after it")
-    shipped = given.settings or SETTINGS[given.env][0]
-    cfg = settings(shipped, given.seed, given.samples, given.explore, given.every, given.updates)
-    said = {
-        "env": given.env,
-        "samples": given.samples,
-        "seed": given.seed,
+    shipped = args.settings or SETTINGS[args.env][0]
+    cfg = settings(shipped, args.seed, args.samples, args.explore, args.every, args.updates)
+    row = {
+        "env": args.env,
+        "samples": args.samples,
+        "seed": args.seed,
         "settings": shipped,
         "explore": cfg.algorithm.initial_exploration_steps,
         "every": cfg.overrides.freq_train_model,
         "updates": cfg.overrides.num_sac_updates_per_step,
-        **train(given.env, given.samples, cfg),
+        **train(args.env, args.samples, cfg),
     }
-    line = json.dumps(said)
+    line = json.dumps(row)
     print(line)
-    if given.out:
-        with given.out.open("a") as file:
+    if args.out:
+        with args.out.open("a") as file:
             file.write(line + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What a step of an environment costs beside the network inside it: Kairos Gym, mbrl-lib and TorchRL round one MLP.
+"""The cost of an environment's step beside the network inside it: Kairos Gym, mbrl-lib and TorchRL around one MLP.
 
 From the root of the repository:
 
@@ -7,22 +7,18 @@ From the root of the repository:
     /tmp/peers/bin/pip install --no-deps mbrl==0.2.0
     OMP_NUM_THREADS=1 PYTHONPATH=. /tmp/peers/bin/python benchmarks/peers/peers.py
 
-All play the same actions from the same start with the same weights, in float32 on one thread, and must come to the same
-observations and rewards before anything is timed. Nothing ends and nobody has a time limit. What is given and returned
-differs by door: "numpy" takes and returns numpy arrays, "torch" tensors, TorchRL TensorDicts. Time is the CPU time of
-the thread; the contenders take turns, in another order each round.
+All play the same actions from the same start with the same weights, in float32 on one thread, and must give the same
+observations and rewards before anything is timed. No episode ends, and there is no time limit. Interfaces differ:
+"numpy" takes and returns numpy arrays, "torch" tensors, TorchRL TensorDicts. Time is the CPU time of the thread; the
+contenders take turns, in another order each round.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import time
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -30,41 +26,18 @@ from typing import Any
 import numpy as np
 import pandas  # noqa: F401, TensorDict looks for it in every step: a search of sys.path where it isn't loaded
 import torch
-from gymnasium import spaces
 from mbrl.env.termination_fns import no_termination
-from mbrl.models import Model, ModelEnv
+from mbrl.models import ModelEnv
+from network import ACT, ACTIONS, OBS, OBSERVATIONS, Net, NetDynamics, NetEnv, NetModel, machine
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor, nn
-from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, ModelBasedEnvBase
+from torch import Tensor
+from torchrl.envs import EnvBase
 from torchrl.envs.model_based import WorldModelEnv
 from torchrl.modules import WorldModel
 
 from kairos_gym import DreamEnv, DreamVectorEnv
-from world_model.contract import Imagined, Spec
-from world_model.state import LatentState
-
-OBS, ACT, WIDTH = 17, 6, 256
-OBSERVATIONS = spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
-ACTIONS = spaces.Box(-1.0, 1.0, (ACT,), np.float32)
-
-
-class Net(nn.Module):
-    """What all of them wrap: obs [...,O], action [...,A] -> next obs [...,O], reward [...,1]."""
-
-    observations, actions = OBSERVATIONS, ACTIONS
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(OBS + ACT, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, OBS + 1)
-        )
-
-    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.layers(torch.cat([obs, action], -1))
-        return obs + out[..., :OBS], out[..., OBS:]
 
 
 class Contender:
@@ -105,26 +78,6 @@ class Bare(Contender):
 
 
 # -- Kairos Gym --------------------------------------------------------------------------------------------------------
-
-
-class NetDynamics:
-    """The network behind ``world_model.contract.Dynamics``."""
-
-    def __init__(self, net: Net):
-        self.net, self.spec = net, Spec(net.observations, net.actions, chunk=1, dt=0.05)
-        self.never = torch.zeros(0, 1, dtype=torch.bool)
-
-    def initial(self, batch: int, seeds: Tensor | None = None) -> LatentState:
-        return LatentState({"obs": torch.zeros(batch, *self.net.observations.shape)})
-
-    def observe(self, state: LatentState, obs: Tensor, actions: Tensor | None = None) -> LatentState:
-        return LatentState({"obs": obs[:, -1]})
-
-    def imagine(self, state: LatentState, actions: Tensor, *, decode: bool = True) -> tuple[LatentState, Imagined]:
-        obs, reward = self.net(state["obs"], actions.squeeze(1))
-        if self.never.shape != reward.shape:
-            self.never = torch.zeros_like(reward, dtype=torch.bool)
-        return LatentState({"obs": obs}), Imagined(obs.unsqueeze(1) if decode else None, reward, self.never)
 
 
 class Imagine(Contender):
@@ -191,33 +144,6 @@ class Single(Contender):
 # -- mbrl-lib ----------------------------------------------------------------------------------------------------------
 
 
-class NetModel(Model):
-    """The network as ``mbrl.models.ModelEnv`` asks for it."""
-
-    def __init__(self, net: Net):
-        super().__init__("cpu")
-        self.net = net
-
-    def reset(self, obs: NDArray[np.float32], rng: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"obs": torch.from_numpy(obs)}
-
-    def sample(
-        self,
-        act: Tensor,
-        model_state: dict[str, Tensor],
-        deterministic: bool = False,
-        rng: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, None, dict[str, Tensor]]:
-        obs, reward = self.net(model_state["obs"], act)
-        return obs, reward, None, {"obs": obs}
-
-    def loss(self, model_in: Any, target: Tensor | None = None) -> Any:
-        raise NotImplementedError
-
-    def eval_score(self, model_in: Any, target: Tensor | None = None) -> Any:
-        raise NotImplementedError
-
-
 class Mbrl(Contender):
     name, takes_numpy = "mbrl-lib, `ModelEnv.step` (numpy)", True
 
@@ -243,22 +169,6 @@ class MbrlTorch(Mbrl):
 # -- TorchRL -----------------------------------------------------------------------------------------------------------
 
 
-class NetEnv(ModelBasedEnvBase):
-    """The network as a subclass of TorchRL's base class, the shorter of its two ways."""
-
-    def __init__(self, net: Net, batch_size: Sequence[int] = ()):
-        keys = ["observation", "action"], ["observation", "reward"]
-        super().__init__(TensorDictModule(net, *keys), batch_size=torch.Size(batch_size))
-        self.observation_spec = Composite(
-            observation=Unbounded((*batch_size, *net.observations.shape)), shape=batch_size
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (*batch_size, *net.actions.shape))
-        self.reward_spec = Unbounded((*batch_size, 1))
-
-    def _reset(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
-        return tensordict.select("observation")
-
-
 class TorchRL(Contender):
     name = "TorchRL, `ModelBasedEnvBase.step_and_maybe_reset`"
 
@@ -274,9 +184,9 @@ class TorchRL(Contender):
         with torch.no_grad():
             for action in actions:
                 now.set("action", action)
-                went, now = env.step_and_maybe_reset(now)
+                result, now = env.step_and_maybe_reset(now)
         self.now = now
-        return now["observation"], went["next", "reward"]
+        return now["observation"], result["next", "reward"]
 
 
 class TorchRLStep(TorchRL):
@@ -287,10 +197,10 @@ class TorchRLStep(TorchRL):
         with torch.no_grad():
             for action in actions:
                 now.set("action", action)
-                went = env.step(now)
-                now = env.step_mdp(went)
+                result = env.step(now)
+                now = env.step_mdp(result)
         self.now = now
-        return now["observation"], went["next", "reward"]
+        return now["observation"], result["next", "reward"]
 
 
 class TorchRLWorld(TorchRL):
@@ -320,7 +230,7 @@ CONTENDERS = (Bare, Imagine, Vector, VectorTorch, Single, Mbrl, MbrlTorch, Torch
 
 
 class Setting:
-    """All contenders with B rows, and the start and actions that they are given."""
+    """All contenders with B rows, and their start and actions."""
 
     def __init__(self, net: Net, batch: int, steps: int):
         rng = np.random.default_rng(batch)
@@ -330,48 +240,48 @@ class Setting:
         self.tensors = [torch.from_numpy(action) for action in self.actions]
         self.contenders = [kind(net, batch) for kind in CONTENDERS if batch == 1 or not kind.only_one]
 
-    def given(self, contender: Contender) -> list[Any]:
+    def actions_for(self, contender: Contender) -> list[Any]:
         if contender.only_one:
             return [action[0] for action in self.actions]
         return self.actions if contender.takes_numpy else self.tensors
 
     def check(self, steps: int = 5) -> None:
         """Raises AssertionError where two contenders don't dream the same."""
-        said: Any = None
+        expected: Any = None
         for contender in self.contenders:
             contender.reset(self.start.copy())
-            obs, reward = contender.play(self.given(contender)[:steps])
+            obs, reward = contender.play(self.actions_for(contender)[:steps])
             obs, reward = np.array(obs), np.array(reward).reshape(self.batch)
-            said = said or (obs, reward)
+            expected = expected or (obs, reward)
             assert obs.shape == (self.batch, OBS) and not np.allclose(obs, self.start, atol=1e-4)
-            for mine, first in zip((obs, reward), said, strict=True):
-                np.testing.assert_allclose(mine, first, rtol=1e-5, atol=1e-6, err_msg=contender.name)
+            for actual, first in zip((obs, reward), expected, strict=True):
+                np.testing.assert_allclose(actual, first, rtol=1e-5, atol=1e-6, err_msg=contender.name)
 
     def seconds(self, contender: Contender) -> float:
         """CPU time of a step of all rows."""
-        actions = self.given(contender)
+        actions = self.actions_for(contender)
         contender.reset(self.start.copy())
         contender.play(actions[:5])
-        begun = time.thread_time()
+        start = time.thread_time()
         contender.play(actions)
-        return (time.thread_time() - begun) / len(actions)
+        return (time.thread_time() - start) / len(actions)
 
 
 def measure(settings: Sequence[Setting], rounds: int) -> dict[tuple[str, int], list[float]]:
     """(contender, B) -> the seconds of a step in each round."""
-    took: dict[tuple[str, int], list[float]] = {}
+    times: dict[tuple[str, int], list[float]] = {}
     gc.disable()  # as timeit does
     for r in range(rounds):
         for setting in settings:
             turn = r % len(setting.contenders)
             for contender in setting.contenders[turn:] + setting.contenders[:turn]:
-                took.setdefault((contender.name, setting.batch), []).append(setting.seconds(contender))
+                times.setdefault((contender.name, setting.batch), []).append(setting.seconds(contender))
             gc.collect()
     gc.enable()
-    return took
+    return times
 
 
-def table(took: dict[tuple[str, int], list[float]], batches: Sequence[int]) -> str:
+def table(times: dict[tuple[str, int], list[float]], batches: Sequence[int]) -> str:
     """Medians over the rounds, as Markdown."""
     lines = [
         "| env steps per CPU-second (of the bare network's; µs a call beyond it) |"
@@ -381,23 +291,15 @@ def table(took: dict[tuple[str, int], list[float]], batches: Sequence[int]) -> s
     for name in (kind.name for kind in CONTENDERS):
         cells = []
         for b in batches:
-            if (name, b) not in took:
+            if (name, b) not in times:
                 cells.append("")
                 continue
-            pairs = list(zip(took[name, b], took[Bare.name, b], strict=True))
-            rate = b / median(mine for mine, _ in pairs)
-            ratio, more = median(bare / mine for mine, bare in pairs), 1e6 * median(mine - bare for mine, bare in pairs)
+            pairs = list(zip(times[name, b], times[Bare.name, b], strict=True))
+            rate = b / median(seconds for seconds, _ in pairs)
+            ratio, more = median(bare / own for own, bare in pairs), 1e6 * median(own - bare for own, bare in pairs)
             cells.append(f"{rate:,.0f} ({ratio:.2f}; {more:.0f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine(packages: Sequence[str]) -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    named = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    cpu = named[0].partition(":")[2].strip() if named else platform.processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{cpu}, one thread; {date.today()}; Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:
@@ -410,8 +312,8 @@ def main() -> None:
     settings = [Setting(net, batch, steps) for batch, steps in ((1, 200), (64, 80), (1024, 10))]
     for setting in settings:
         setting.check()
-    took = measure(settings, rounds)
-    print(table(took, [setting.batch for setting in settings]))
+    times = measure(settings, rounds)
+    print(table(times, [setting.batch for setting in settings]))
     print(f"\n{rounds} rounds. {machine(PACKAGES)}.")
 
 
