@@ -9,16 +9,16 @@ __all__ = ["DreamEnv", "DreamVectorEnv", "load", "shipped"]
 
 
 def _refuse_shadows() -> None:
-    """Raise ImportError where one of our other packages would be imported from a file that isn't ours.
+    """Raise ImportError where a user's file would be imported instead of one of our other packages.
 
-    ``envs`` is a common name for a folder: without this, a user's own would fail later and somewhere else.
+    ``envs`` is a common name for a folder. Without this check the import would fail later, with an unrelated error.
     """
     home = Path(__file__).resolve().parent.parent
     for name in ("world_model", "planners", "envs"):
         spec = importlib.util.find_spec(name)  # finds it without importing it
         if spec is None:
             continue
-        # A plain folder without __init__.py has no file, but places; the first of them wins.
+        # A plain folder without __init__.py has no file, only search locations; Python takes the first.
         place = Path(spec.origin or next(iter(spec.submodule_search_locations or ())))
         if home / name not in (place.resolve(), place.resolve().parent):
             raise ImportError(
@@ -62,7 +62,7 @@ for _task, _steps in {
 
 
 def __getattr__(name: str) -> Any:
-    """``DreamVecEnv`` needs Stable-Baselines3, which is loaded only for those who ask for it."""
+    """Import ``DreamVecEnv`` when it is first used, because it needs Stable-Baselines3."""
     if name == "DreamVecEnv":
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
 

@@ -107,7 +107,7 @@ def plan(
     episodes: int = 10,
     seed: int = 0,
 ) -> None:
-    """Plan in the dream, act in the real simulator, and print a table (kairos_gym.evaluation.control.plan).
+    """Plan in the dream, act in the real simulator, and print a table (kairos_gym.evaluation.control.evaluate_planner).
 
     Args:
         model: a shipped model's name, a folder or a hub id
@@ -125,7 +125,7 @@ def plan(
 
     world, env_id = _load(model, env)
     dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
-    run = control.plan(env_id, dynamics, config.make(), episodes=episodes, seed=seed)
+    run = control.evaluate_planner(env_id, dynamics, config.make(), episodes=episodes, seed=seed)
     row = {
         "planner": config.planner,
         "evaluations": run.evaluations,
@@ -282,8 +282,8 @@ def compare(
         references=config.references,
     )
     folder = out or Path("reports") / f"{Path(model).name}-{env_id}".replace("/", "-")
-    path = page.write(comparison, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
-    print("\n".join(page.in_short(comparison.numbers())), f"The report: {path}", sep="\n\n")
+    path = page.write_report(comparison, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")
+    print("\n".join(page.summarise(comparison.numbers())), f"The report: {path}", sep="\n\n")
 
 
 def demo(model: str = "reacher", episodes: int = 8, seed: int = 1000, out: Path = Path("reports/demo.html")) -> None:

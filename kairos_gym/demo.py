@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kairos_gym.evaluation.control import PlayedEpisodes, plan, play, play_random
+from kairos_gym.evaluation.control import PlayedEpisodes, evaluate_planner, play_episodes, play_random
 from kairos_gym.models import load
 from kairos_gym.report import Report, as_text
 from planners import CEM
@@ -55,11 +55,13 @@ def show(world: Dynamics, env_id: str, *, command: str, episodes: int, seed: int
         )
     planner = GENTLE if env_id == "Reacher-v5" else PLANNER
     print(f"Planning in the dream, acting in {env_id}: {episodes} episodes.")
-    runs = {"in the dream": plan(env_id, world, planner, episodes=episodes, seed=seed)}
+    runs = {"in the dream": evaluate_planner(env_id, world, planner, episodes=episodes, seed=seed)}
     print("The same planner on the true simulator, from the same starts.")
-    runs["in the simulator"] = plan(env_id, SimulatorDynamics(env_id), planner, episodes=episodes, seed=seed)
+    runs["in the simulator"] = evaluate_planner(
+        env_id, SimulatorDynamics(env_id), planner, episodes=episodes, seed=seed
+    )
     still = np.zeros((episodes, *world.spec.action_box.shape))
-    runs["no actions"] = play(env_id, lambda obs, inner: still, episodes=episodes, seed=seed)
+    runs["no actions"] = play_episodes(env_id, lambda obs, inner: still, episodes=episodes, seed=seed)
     chance = play_random(env_id, episodes=max(episodes, OPEN_LOOP), seed=seed)
     runs["at random"] = chance.first(episodes)
     real, dreamed = dream_along(world, chance)

@@ -1,4 +1,4 @@
-"""Which models ship with the package, and how a name, a folder or a hub id becomes a model."""
+"""Finds and loads models: those that ship with the package, and those in a folder or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def shipped() -> list[str]:
 def load(source: str | Path) -> WorldModel:
     """The model that ``source`` names: one that ships with the package, a folder, or a hub id like "user/model".
 
-    A shipped name wins over a folder of the same name: write "./reacher" for the folder. Raises FileNotFoundError,
-    with the shipped names, where there is no such model, and ValueError where its files are damaged.
+    A shipped name wins over a folder of the same name: write "./reacher" for the folder. Raises FileNotFoundError where
+    there is no such model (it lists the shipped ones), ValueError where its files are damaged.
     """
     if source in shipped():
         return WorldModel.from_pretrained(ZOO / source)

@@ -16,9 +16,9 @@ PATTERNS = ["G", "GG", "SG", "DG", "GS", "SGDG", "GDGS"]
 
 def holds(drift: MemoryDrift) -> None:
     assert drift.error.isfinite().all() and drift.rho.max() < 1
-    for bound in (drift.running, drift.closed):
+    for bound in (drift.running_bound, drift.closed_bound):
         assert (drift.error <= bound * (1 + 1e-9) + 1e-9).all()
-    assert (drift.running <= drift.closed * (1 + 1e-9) + 1e-9).all()
+    assert (drift.running_bound <= drift.closed_bound * (1 + 1e-9) + 1e-9).all()
 
 
 def case(pattern: str, tokens: int, heads: int, frames: int, size: float, apart: bool, seed: int) -> None:
@@ -74,7 +74,7 @@ def test_equal_frames_make_no_error() -> None:
     frames, play = torch.randn(2, 5, 3).double(), torch.zeros(2, 5, 2).double()
     drift = memory_drift(model, model.initial(2), frames, frames, play)[1]
     assert drift.error.max() < 1e-12 and drift.xi.max() < 1e-12
-    assert torch.allclose(drift.kept[..., -1], drift.rho.prod(-1))
+    assert torch.allclose(drift.retained[..., -1], drift.rho.prod(-1))
 
 
 def test_the_bound_is_attained_across_the_keys() -> None:

@@ -21,7 +21,7 @@ from kairos_gym.cli import main
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.demo import show
-from kairos_gym.evaluation.control import plan, play, play_random
+from kairos_gym.evaluation.control import evaluate_planner, play_episodes, play_random
 from kairos_gym.evaluation.open_loop import score
 from kairos_gym.learning.train_config import TrainConfig
 from kairos_gym.policies.ladder import scripted_policies, trained_policies
@@ -189,7 +189,9 @@ def test_a_finished_training_whose_errors_were_lost_measures_them(
 
 def test_planning_on_the_truth_beats_chance() -> None:
     planner = CEM(candidates=100, elites=10, iterations=3)
-    best = plan("Pendulum-v1", envs.SimulatorDynamics("Pendulum-v1"), planner, episodes=3, seed=5, progress=False)
+    best = evaluate_planner(
+        "Pendulum-v1", envs.SimulatorDynamics("Pendulum-v1"), planner, episodes=3, seed=5, progress=False
+    )
     chance = play_random("Pendulum-v1", episodes=3, seed=5)
     assert np.array_equal([o[0] for o in best.observations], [o[0] for o in chance.observations]), "same starts"
     assert best.returns.mean() > chance.returns.mean() + 300
@@ -200,11 +202,11 @@ def test_planning_on_the_truth_beats_chance() -> None:
 
 def test_planning_in_another_simulator_is_refused() -> None:
     with pytest.raises(ValueError, match="Pendulum-v1 has an observation_space"):
-        plan("Pendulum-v1", envs.SimulatorDynamics("Reacher-v5"), CEM(), progress=False)
+        evaluate_planner("Pendulum-v1", envs.SimulatorDynamics("Reacher-v5"), CEM(), progress=False)
     narrow = envs.SimulatorDynamics("Pendulum-v1")
     narrow.spec = replace(narrow.spec, action_space=spaces.Box(-1, 1, (1,), np.float32))
     with pytest.raises(ValueError, match="Pendulum-v1 has an action_space"):
-        plan("Pendulum-v1", narrow, CEM(), progress=False)
+        evaluate_planner("Pendulum-v1", narrow, CEM(), progress=False)
 
 
 def test_play_gives_the_planner_every_inner_step() -> None:
@@ -214,7 +216,7 @@ def test_play_gives_the_planner_every_inner_step() -> None:
         seen.append((obs.copy(), inner))
         return np.zeros((len(obs), 3, 1))
 
-    run = play("Pendulum-v1", act, episodes=2, seed=0)
+    run = play_episodes("Pendulum-v1", act, episodes=2, seed=0)
     assert seen[0][1] is None
     for (obs, inner), end in zip(seen[1:], range(3, 201, 3), strict=True):
         assert inner is not None and inner.shape == (2, 3, 3)

@@ -21,7 +21,7 @@ from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation import page as comparison_page
-from kairos_gym.evaluation.compare import compare, expect_apart
+from kairos_gym.evaluation.compare import compare, expect_unseen
 from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
 from kairos_gym.evaluation.rollouts import play_real
 from kairos_gym.learning.train import train
@@ -99,7 +99,7 @@ def test_a_broken_model_is_found_broken(broken: Comparison) -> None:
     errors = numbers["error_by_horizon"]
     assert errors[MODEL]["8"]["median"] > 0.05
     assert 0.3 < errors[MODEL]["8"]["median"] / errors[SHUFFLED]["8"]["median"] < 3
-    assert any("be warned" in sentence for sentence in comparison_page.in_short(numbers))
+    assert any("be warned" in sentence for sentence in comparison_page.summarise(numbers))
     assert numbers["agreement"][MODEL]["pearson"][0] < 0.9
 
 
@@ -107,12 +107,12 @@ def test_the_simulator_a_little_off_orders_itself(truth: Comparison, broken: Com
     by_start = [truth.errors[f"simulator, {off:g} std off"].nrmse(4).median() for off in (1e-5, 1e-3, 1e-1)]
     assert 0 < by_start[0] < by_start[1] < by_start[2]
     near = replace(truth, errors={**truth.errors, MODEL: truth.errors["simulator, 0.001 std off"]})
-    assert near.equivalent(4) == pytest.approx(1e-3, rel=1e-6)
-    assert np.isnan(truth.equivalent(4) or 0), "the truth is nearer than any of these starts"
+    assert near.equivalent_perturbation(4) == pytest.approx(1e-3, rel=1e-6)
+    assert np.isnan(truth.equivalent_perturbation(4) or 0), "the truth is nearer than any of these starts"
 
 
 def test_the_report_holds_it_all(broken: Comparison, tmp_path: Path) -> None:
-    path = comparison_page.write(broken, tmp_path / "report", "kairos compare --test")
+    path = comparison_page.write_report(broken, tmp_path / "report", "kairos compare --test")
     text = path.read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "<script" not in text, "it needs no network"
     for heading in ("Error by horizon", "For which policies", "Where it lies", "Rewards and ends", "Speed and memory"):
@@ -140,15 +140,15 @@ class Lost(SimulatorDynamics):
 
 def test_dreams_that_are_lost_are_reported_as_infinitely_wrong(tmp_path: Path) -> None:
     found = compare(Lost("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
-    assert found.errors[MODEL].nrmse(1).isinf().all() and found.results[MODEL].lost.all()
-    assert "dreams turned non-finite" in comparison_page.write(found, tmp_path, "x").read_text()
+    assert found.errors[MODEL].nrmse(1).isinf().all() and found.results[MODEL].diverged.all()
+    assert "dreams turned non-finite" in comparison_page.write_report(found, tmp_path, "x").read_text()
 
 
 def test_episodes_shorter_than_the_horizon_still_make_a_page(tmp_path: Path) -> None:
     env_id = "InvertedPendulum-v5"
     found = compare(SimulatorDynamics(env_id), env_id, policies=policies(env_id), **{**QUICK, "horizon": 60})
     assert not len(found.errors[MODEL].nrmse(60))
-    assert "Error by horizon" in comparison_page.write(found, tmp_path, "x").read_text()
+    assert "Error by horizon" in comparison_page.write_report(found, tmp_path, "x").read_text()
 
 
 def upright(obs: Any) -> Any:
@@ -164,7 +164,7 @@ def test_starts_that_are_solved_are_refused_and_success_is_timed() -> None:
         **{**QUICK, "episodes": 12},
     )
     starts = found.rollouts.episodes.obs[found.rollouts.starts[0]]
-    assert not upright(starts.numpy()).any() and found.rollouts.refused > 0
+    assert not upright(starts.numpy()).any() and found.rollouts.rejected > 0
     assert len(set(found.rollouts.seeds.tolist())) == 12
     real, dreamed = found.rollouts.result.success, found.results[MODEL].success
     assert real is not None and dreamed is not None and np.array_equal(real, dreamed)
@@ -173,16 +173,16 @@ def test_starts_that_are_solved_are_refused_and_success_is_timed() -> None:
     said = numbers["policies"]["uniform"]["simulated"]
     assert said["success"] == pytest.approx(np.isfinite(real[1]).mean())
     # Pendulum pays most where it is upright, and the truth foresees that exactly.
-    h = max(numbers["foreseen_success"], key=int)
-    draft_cache = numbers["foreseen_success"][h]
+    h = max(numbers["success_auc"], key=int)
+    predicted = numbers["success_auc"][h]
     windows = found.windows
     began = upright(windows.episodes.obs[windows.at].numpy())
     assert (
-        draft_cache["solved"]
-        == upright(windows.real[0].numpy().reshape(-1, 3)).reshape(len(began), -1).any(1)[~began].sum()
+        predicted["solved"]
+        == upright(windows.recorded.obs.numpy().reshape(-1, 3)).reshape(len(began), -1).any(1)[~began].sum()
     )
-    assert draft_cache["solved"] + draft_cache["not"] == (~began).sum()
-    assert draft_cache["auc"] > 0.9
+    assert predicted["solved"] + predicted["not"] == (~began).sum()
+    assert predicted["auc"] > 0.9
     with pytest.raises(ValueError, match="begin already solved"):
         play_real("Pendulum-v1", policies("Pendulum-v1"), episodes=2, seed=0, success_fn=lambda obs: obs[:, 0] < 2)
     with pytest.raises(ValueError, match="success_fn must return bool"):
@@ -207,7 +207,7 @@ def test_references_know_the_same_data(trained: Path) -> None:
     assert found.numbers()["settings"]["references_fitted_on"] == "pp/train-v0"
     assert found.memory and found.numbers()["memory"]["1"]["violations"] == 0
     assert found.trust is None and "was not calibrated" in "".join(
-        comparison_page.page(found, found.numbers(), "x")._parts
+        comparison_page.build_report(found, found.numbers(), "x")._parts
     )
 
 
@@ -240,9 +240,9 @@ def test_a_cycle_that_training_saw_makes_no_episode_known() -> None:
         seen = TrainingData("some/train-v0", episode(obs[300 : 301 + known], action[300 : 300 + known]), True)
         if refused:
             with pytest.raises(ValueError, match=r"5 steps of the evaluation are in .* the first in episode 0"):
-                expect_apart(seen, object(), rollouts)
+                expect_unseen(seen, object(), rollouts)
         else:
-            expect_apart(seen, object(), rollouts)
+            expect_unseen(seen, object(), rollouts)
 
 
 def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path: Path) -> None:

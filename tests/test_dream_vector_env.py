@@ -188,7 +188,7 @@ def test_the_state_does_not_grow() -> None:
     assert (env.state.nbytes, len(env.snapshot())) == (size, blob)
 
 
-# -- the torch door ----------------------------------------------------------------------------------------------------
+# -- step_torch --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)

@@ -18,7 +18,7 @@ from kairos_gym.data.actors import EXPERT_VARIANTS
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import simulator_of
-from kairos_gym.evaluation.control import plan
+from kairos_gym.evaluation.control import evaluate_planner
 from kairos_gym.evaluation.intervals import wilson
 from kairos_gym.models import load
 from kairos_gym.policies.ladder import ladder
@@ -158,7 +158,9 @@ def test_a_pose_shows_what_was_observed(way: tuple[torch.Tensor, Any]) -> None:
 
 def test_the_true_simulator_plans_from_states_that_observations_do_not_tell() -> None:
     name = "robosuite/Lift-v0,max_episode_steps=2"
-    played = plan(name, SimulatorDynamics(name), CEM(horizon=1, candidates=4, iterations=1, elites=2), episodes=1)
+    played = evaluate_planner(
+        name, SimulatorDynamics(name), CEM(horizon=1, candidates=4, iterations=1, elites=2), episodes=1
+    )
     assert played.returns.shape == (1,) and 0 <= played.returns[0] <= 2
 
 

@@ -15,7 +15,8 @@ from toys import PointMass
 
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
-from kairos_gym.evaluation.open_loop import OpenLoop, Windows, open_loop, score
+from kairos_gym.evaluation.open_loop import OpenLoopErrors, open_loop, score
+from kairos_gym.evaluation.windows import Windows
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
 
@@ -67,7 +68,7 @@ def test_open_loop_refuses_numbers_that_make_no_sense(wrong: dict[str, int]) -> 
 
 
 def test_a_table_has_only_steps_that_were_dreamed() -> None:
-    result = OpenLoop(torch.ones(2, 16, 3), torch.zeros(2, 16))
+    result = OpenLoopErrors(torch.ones(2, 16, 3), torch.zeros(2, 16))
     assert result.table() == {"h1": {"rms": 1.0, "median": 1.0}, "h8": {"rms": 1.0, "median": 1.0}}
     for step in (0, 17):
         with pytest.raises(ValueError, match=f"16 steps were dreamed.* {step}$"):
@@ -153,7 +154,7 @@ def test_windows_of_every_length_see_what_they_should() -> None:
     episodes = walk([12, 3, 30])
     at = episodes.starts() + torch.tensor([4, 1, 0])
     windows = Windows(episodes, at, torch.tensor([5, 2, 1]), 6)
-    error = windows.against(windows.dream(PointMass(), chunk=4), torch.ones(2))
+    error = windows.errors(windows.dream(PointMass(), chunk=4), torch.ones(2))
     assert error.obs_error.isnan().all(-1).sum(1).tolist() == [0, 4, 0], "the second episode ends after two steps"
     assert error.obs_error.nan_to_num().abs().max() < 1e-5
     assert error.nrmse(6).shape == (2,) and error.table([1])["h1"]["rms"] < 1e-5
@@ -165,4 +166,4 @@ def test_a_dream_that_is_no_number_is_infinitely_wrong() -> None:
     dreamed = windows.dream(PointMass())
     assert dreamed.obs is not None
     bad = dreamed._replace(obs=dreamed.obs.index_fill(1, torch.tensor([2]), torch.nan))
-    assert windows.against(bad, torch.ones(2)).table([2, 3])["h3"]["rms"] == float("inf")
+    assert windows.errors(bad, torch.ones(2)).table([2, 3])["h3"]["rms"] == float("inf")

@@ -18,7 +18,7 @@ from toys import PointMass
 from walks import Walk
 
 from kairos_gym import DreamEnv, DreamVecEnv, load
-from kairos_gym.evaluation.control import plan
+from kairos_gym.evaluation.control import evaluate_planner
 from planners import CEM, MPC
 
 
@@ -124,7 +124,7 @@ def test_a_planner_is_a_policy_for_sb3() -> None:
     sims.seed(100)
     mpc = MPC(load("pendulum"), planner, seed=100)
     returns, _ = evaluate_policy(mpc, sims, n_eval_episodes=3, return_episode_rewards=True)  # type: ignore[arg-type]
-    played = plan("Pendulum-v1", load("pendulum"), planner, episodes=3, seed=100, progress=False)
+    played = evaluate_planner("Pendulum-v1", load("pendulum"), planner, episodes=3, seed=100, progress=False)
     np.testing.assert_allclose(returns, played.returns, rtol=1e-3)
     dreams = DreamVecEnv("pendulum", num_envs=4, max_episode_steps=20)
     mean: Any = evaluate_policy(mpc, dreams, n_eval_episodes=4, warn=False)[0]  # type: ignore[arg-type]

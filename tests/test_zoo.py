@@ -15,7 +15,7 @@ from envs import SimulatorDynamics
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.evaluation.calibrate import draw_calibration_windows
-from kairos_gym.evaluation.control import plan
+from kairos_gym.evaluation.control import evaluate_planner
 from kairos_gym.evaluation.open_loop import open_loop
 from kairos_gym.learning.recipes import RECIPES
 from kairos_gym.models import ZOO
@@ -71,9 +71,9 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
     dataset = collect(RECIPES[name].env, "fresh/test-v0", config, progress=False)
     episodes = Episodes.from_minari(dataset)
     windows, std = replace(draw_calibration_windows(episodes, seed=0), horizon=8), model.scaling.obs_std
-    dreamed = windows.against(windows.dream(model), std)
+    dreamed = windows.errors(windows.dream(model), std)
     still = fit_constant(model.spec, episodes)
-    unmoved = windows.against(windows.dream(still), std)
+    unmoved = windows.errors(windows.dream(still), std)
     for h in (1, 4 if name == "invertedpendulum" else 8):  # an unbalanced pole has fallen by then
         assert len(dreamed.nrmse(h)) >= 10
         share = 0.25 if name in ("halfcheetah", "pusher", "lift") else 0.1
@@ -82,7 +82,9 @@ def test_the_dream_follows_the_simulator(name: str, tmp_path: Path, monkeypatch:
 
 def test_a_plan_that_was_dreamed_up_swings_the_pole_up() -> None:
     planner = CEM(horizon=15, chunk=2, candidates=64, elites=8, iterations=3)
-    played = plan(RECIPES["swingup"].env, kairos_gym.load("swingup"), planner, episodes=1, seed=100, progress=False)
+    played = evaluate_planner(
+        RECIPES["swingup"].env, kairos_gym.load("swingup"), planner, episodes=1, seed=100, progress=False
+    )
     assert played.returns[0] > 165  # 180 on the simulator itself
     assert played.observations[0][-50:, 1].min() > 0.95
 

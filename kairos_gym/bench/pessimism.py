@@ -12,7 +12,7 @@ import torch
 from kairos_gym.bench.harness import Row
 from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import calibrate_model
-from kairos_gym.evaluation.control import plan, play
+from kairos_gym.evaluation.control import evaluate_planner, play_episodes
 from kairos_gym.learning.recipes import RECIPES, model_config
 from kairos_gym.report import machine
 from planners import CEM, Plan
@@ -59,12 +59,14 @@ def pessimism(
     name = f"{task}/train-v0" if dataset is None else dataset
     model = _train_on_few(task, env_id, name, policies, episodes_of_data, seed)
     recorder = _PlanRecorder(PLANNERS[task])
-    plain = plan(env_id, model, recorder, episodes=episodes, seed=start)
+    plain = evaluate_planner(env_id, model, recorder, episodes=episodes, seed=start)
     space: Any = model.spec.action_space
     zeros = np.zeros((episodes, *space.shape), space.dtype)
-    still = play(env_id, lambda obs, inner: zeros, episodes=episodes, seed=start)
+    still = play_episodes(env_id, lambda obs, inner: zeros, episodes=episodes, seed=start)
     others = {
-        str(penalty): plan(env_id, Pessimistic(model, penalty, by), recorder.planner, episodes=episodes, seed=start)
+        str(penalty): evaluate_planner(
+            env_id, Pessimistic(model, penalty, by), recorder.planner, episodes=episodes, seed=start
+        )
         for penalty in penalties
     }
     rows: list[Row] = [{"penalty": "0", "mean": float(plain.returns.mean())}]

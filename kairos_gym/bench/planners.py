@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from kairos_gym.bench.harness import Row
-from kairos_gym.evaluation.control import interval, plan
+from kairos_gym.evaluation.control import evaluate_planner
+from kairos_gym.evaluation.intervals import bootstrap_mean
 from kairos_gym.learning.recipes import RECIPES
 from kairos_gym.models import load
 from kairos_gym.report import Cell, as_text, machine
@@ -92,7 +93,7 @@ def planners(
                 if where == "truth" and isinstance(planner, Gradient):
                     continue
                 world: Dynamics = load(task) if where == "dream" else SimulatorDynamics(env)
-                played = plan(env, world, planner, setting.objective, episodes=episodes, seed=seed)
+                played = evaluate_planner(env, world, planner, setting.objective, episodes=episodes, seed=seed)
                 rows.append(
                     {
                         "task": task,
@@ -100,7 +101,7 @@ def planners(
                         "dynamics": where,
                         "evaluations": played.evaluations,
                         "mean": float(played.returns.mean()),
-                        "interval": interval(played.returns),
+                        "interval": bootstrap_mean(played.returns),
                         "ms_per_decision": played.ms_per_decision,
                         "returns": played.returns.tolist(),
                     }
@@ -120,7 +121,9 @@ def table(rows: Sequence[Row]) -> str:
         line: list[Cell] = [task, name, (dream or truth or {})["evaluations"], *map(_mean, (dream, truth))]
         line.append(f"{100 * (dream['mean'] - truth['mean']) / abs(truth['mean']):+.0f}%" if dream and truth else "-")
         ahead = np.subtract(dream["returns"], cem["returns"]) if dream and cem and name != "CEM" else None
-        line.append("-" if ahead is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(ahead.mean(), *interval(ahead)))
+        line.append(
+            "-" if ahead is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(ahead.mean(), *bootstrap_mean(ahead))
+        )
         line.append(" / ".join("-" if row is None else f"{row['ms_per_decision']:.3g}" for row in (dream, truth)))
         lines.append(line)
     columns = ["task", "planner", "evaluations", "in the dream", "on the truth", "dream over truth", "over CEM (dream)"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kairos_gym.bench.harness import Job
 from kairos_gym.dream.vector_env import DreamVectorEnv
-from kairos_gym.evaluation.calibrate import draw_calibration_windows, dream_errors, taught
+from kairos_gym.evaluation.calibrate import draw_calibration_windows, dream_errors, split_index
 from kairos_gym.evaluation.comparison import steps_of
-from kairos_gym.evaluation.open_loop import Windows
 from kairos_gym.evaluation.timing import interleaved_rates
+from kairos_gym.evaluation.windows import Windows
 from kairos_gym.learning.recipes import RECIPES, calibration_sets
 from kairos_gym.models import load
 from kairos_gym.report import as_text
@@ -42,7 +42,7 @@ def trust(task: str, dreams: int = 500) -> None:
     sets: dict[str, tuple[Windows, DreamErrors]] = {}
     for name, parts in calibration_sets(RECIPES[task]).items():
         windows = draw_calibration_windows(Episodes.join(parts), 1)
-        windows = _spread(windows, taught(windows, parts) if name == "calibration" else 0, dreams)
+        windows = _spread(windows, split_index(windows, parts) if name == "calibration" else 0, dreams)
         sets[name] = windows, dream_errors(model, windows, model.scaling.obs_std)
     signals: dict[str, Callable[[Windows, DreamErrors], Tensor]] = {
         "steps alone": lambda windows, errors: torch.ones_like(errors.error),
@@ -114,7 +114,7 @@ def _draft_spread(model: WorldModel, windows: Windows, errors: DreamErrors) -> T
 @torch.inference_mode()
 def _sampled_spread(model: WorldModel, windows: Windows, errors: DreamErrors) -> Tensor:
     """The standard deviation of dreams sampled from the same start with other seeds."""
-    state, dreams = windows.begin(model), []
+    state, dreams = windows.observe(model), []
     for i in range(SAMPLED):
         reseeded = state.replace(seed=torch.arange(len(windows.at)) * SAMPLED + i)
         dreams.append(windows.dream(model, state=reseeded, sampled=True, flow_steps=4).obs)

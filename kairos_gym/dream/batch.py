@@ -312,10 +312,9 @@ class DreamBatch:
         """Make ``obs`` [R,O] the present observations of rows ``at``; None: they are unknown from now on."""
         self._known = self._known.copy()
         self._known[at] = obs is not None
-        self._frames = self._frames[:, -1:]
+        self._frames = self._frames[:, -1:].to(self.device)
         if obs is not None:
-            index = torch.from_numpy(at).to(obs.device)
-            self._frames = self._frames.to(obs.device).index_copy(0, index, obs[:, None])
+            self._frames = self._frames.index_copy(0, torch.from_numpy(at).to(self.device), obs[:, None])
 
     def _put_progress(self, at: Rows, progress: Progress) -> None:
         """Change some rows of ``progress`` and what is derived from it."""

@@ -142,8 +142,8 @@ def vector_infos(step: Step, confidence: float | None, mask: NDArray[np.bool_]) 
     }
     infos: dict[str, Any] = {"imagined": inner, "_imagined": mask}
     if not step.is_complete and step.done.non_finite.any():
-        lost = step.done.non_finite & mask
-        infos |= {"non_finite": lost, "_non_finite": lost}
+        non_finite = step.done.non_finite & mask
+        infos |= {"non_finite": non_finite, "_non_finite": non_finite}
     if step.error_bound is not None:
         assert confidence is not None
         bound, steps = (np.where(mask, x, 0) for x in (step.error_bound.bound, step.error_bound.steps))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kairos_gym.data.datasets import load_dataset
 from kairos_gym.data.training_data import load_training_data
-from kairos_gym.evaluation.open_loop import CONTEXT, Windows, expect_simulator, held_out
+from kairos_gym.evaluation.open_loop import expect_simulator, held_out
+from kairos_gym.evaluation.windows import CONTEXT, Windows
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
@@ -19,7 +20,7 @@ from world_model.model.world_model import WorldModel
 from world_model.trust import ConformalBound, DreamErrors, fit_bound
 
 HORIZON = 64  # steps, the longest dream that is calibrated
-LEAST = 32  # dreams that a calibration asks for
+MIN_DREAMS = 32  # dreams that a calibration asks for
 
 
 def calibrate(
@@ -69,10 +70,10 @@ def calibrate_model(
     """
     episodes = Episodes.join(parts)
     windows = draw_calibration_windows(episodes, seed)
-    cut = taught(windows, parts)
-    if min(cut, len(windows.at) - cut) < LEAST // 2:
+    cut = split_index(windows, parts)
+    if min(cut, len(windows.at) - cut) < MIN_DREAMS // 2:
         raise ValueError(
-            f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {LEAST} are needed"
+            f"{len(windows.at)} dreams of {', '.join(names)} are too few to calibrate on, {MIN_DREAMS} are needed"
         )
     unit, measured = world.scaling.obs_std, windows.part(slice(cut, None))
     world.trust = fit_bound(
@@ -90,7 +91,7 @@ def calibrate_model(
     }
 
 
-def taught(windows: Windows, parts: Sequence[Episodes]) -> int:
+def split_index(windows: Windows, parts: Sequence[Episodes]) -> int:
     """How many of the ``windows`` of all ``parts`` teach the rule; those behind them are measured."""
     first = windows.episodes.starts()
     boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[: len(parts) // 2])
@@ -120,10 +121,10 @@ def dream_errors(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: I
     """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
     imagined = windows.dream(dynamics) if imagined is None else imagined
     assert imagined.obs is not None
-    error = windows.against(imagined, unit).obs_error.square().mean(-1).sqrt()
+    error = windows.errors(imagined, unit).obs_error.square().mean(-1).sqrt()
     start = windows.episodes.obs[windows.at][:, None]
     before = torch.cat([start, imagined.obs[:, :-1]], 1)
-    return DreamErrors(*(x.clone() for x in (before, windows.real[1], error, windows.seen)))
+    return DreamErrors(*(x.clone() for x in (before, windows.recorded.action, error, windows.seen)))
 
 
 def coverage(

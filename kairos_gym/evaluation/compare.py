@@ -16,8 +16,8 @@ from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation.calibrate import dream_errors
 from kairos_gym.evaluation.comparison import MODEL, OFF, SHUFFLED, Comparison, Speed, TerminationCounts, off
 from kairos_gym.evaluation.memory_bounds import MemoryDrift, memory_drift
-from kairos_gym.evaluation.open_loop import CONTEXT, OpenLoop, Windows
 from kairos_gym.evaluation.rollouts import Rollouts, SuccessFn, play_dream, play_real
+from kairos_gym.evaluation.windows import CONTEXT, OpenLoopErrors, Windows
 from kairos_gym.models import load
 from kairos_gym.policies.ladder import Policy, ladder
 from world_model.contract import Dynamics, Imagined
@@ -87,20 +87,20 @@ def compare(
         success_fn=success_fn,
         progress=progress,
     )
-    expect_apart(data, world, rollouts)
+    expect_unseen(data, world, rollouts)
     windows = draw_windows(rollouts, horizon, context, seed)
     std = _unit(world, data, rollouts)
     say("the dream")
     dreamed = windows.dream(world, chunk=chunk)
     # With other windows' actions: a model that is no worse with them doesn't listen to actions.
-    others = windows.real[1].roll(len(windows.at) // 2 + 1, 0)
+    others = windows.recorded.action.roll(len(windows.at) // 2 + 1, 0)
     errors = {
-        MODEL: windows.against(dreamed, std),
-        SHUFFLED: windows.against(windows.dream(world, actions=others, chunk=chunk), std),
+        MODEL: windows.errors(dreamed, std),
+        SHUFFLED: windows.errors(windows.dream(world, actions=others, chunk=chunk), std),
     }
     results = {MODEL: play_dream(world, rollouts, success_fn=success_fn)}
     for reference, dynamics in _references(world, data, card, say).items():
-        errors[reference] = windows.against(windows.dream(dynamics), std)
+        errors[reference] = windows.errors(windows.dream(dynamics), std)
         results[reference] = play_dream(dynamics, rollouts, success_fn=success_fn)
     say("the simulator against itself")
     errors |= _chaos(windows, rollouts, std, seed)
@@ -136,7 +136,7 @@ def draw_windows(rollouts: Rollouts, horizon: int, context: int, seed: int) -> W
     return Windows(episodes, first + at, (at + 1).clamp_max(context), horizon, rollouts.states)
 
 
-def expect_apart(data: TrainingData | None, world: Any, rollouts: Rollouts) -> None:
+def expect_unseen(data: TrainingData | None, world: Any, rollouts: Rollouts) -> None:
     """Raises ValueError where an evaluation episode is in part in the training data, or shares a start with the model.
 
     A hundredth of an episode's steps may be known: policies that end in a cycle come back to the same states for ever.
@@ -176,24 +176,24 @@ def _references(
     }
 
 
-def _chaos(windows: Windows, rollouts: Rollouts, std: Tensor, seed: int) -> dict[str, OpenLoop]:
+def _chaos(windows: Windows, rollouts: Rollouts, std: Tensor, seed: int) -> dict[str, OpenLoopErrors]:
     """The simulator against itself from starts that are a little off: what no model can be asked to beat."""
     from envs import SimulatorDynamics
 
     if windows.states is None or rollouts.states is None:
         return {}
     simulator = SimulatorDynamics(rollouts.env_id)
-    exact = windows.begin(simulator)
+    exact = windows.observe(simulator)
     usual = simulator.coordinates(simulator.at(rollouts.states)).std(0)
     noise = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(windows.at), len(usual)))) * usual
     return {
-        off(by): windows.against(windows.dream(simulator, state=simulator.displaced(exact, by * noise)), std)
+        off(by): windows.errors(windows.dream(simulator, state=simulator.displaced(exact, by * noise)), std)
         for by in OFF
     }
 
 
 def _ends(windows: Windows, dreamed: Imagined) -> TerminationCounts:
-    _, _, _, real, valid = windows.real
+    _, _, _, real, valid = windows.recorded
     never = windows.horizon
     ours, theirs = (torch.where(x.any(1), x.int().argmax(1), never) for x in (dreamed.terminated, real))
     lasts = valid.sum(1)  # a recording that was cut short says nothing of what the dream does afterwards
@@ -227,7 +227,7 @@ def _speed(world: Any, rollouts: Rollouts, rounds: int = 5) -> Speed:
     def dreaming(batch: int) -> Callable[[], int]:
         first = rollouts.starts.flatten()[torch.arange(batch) % rollouts.starts.numel()]
         windows = Windows(rollouts.episodes, first, torch.ones_like(first), 1, rollouts.states)
-        state, actions = windows.begin(world), windows.real[1]
+        state, actions = windows.observe(world), windows.recorded.action
 
         def play() -> int:
             with torch.inference_mode():
@@ -251,8 +251,8 @@ def _speed(world: Any, rollouts: Rollouts, rounds: int = 5) -> Speed:
 
 def _state_bytes(world: Any, windows: Windows) -> dict[int, int]:
     one = Windows(windows.episodes, windows.at[:1], windows.seen[:1], 1, windows.states)
-    state, found = one.begin(world), {}
-    action = windows.real[1][:1, :1]
+    state, found = one.observe(world), {}
+    action = windows.recorded.action[:1, :1]
     with torch.inference_mode():
         for t in range(257):
             if t in (0, 1, 16, 256):
@@ -265,11 +265,11 @@ def _memory(world: Any, windows: Windows, dreamed: Imagined) -> dict[int, Memory
     if not isinstance(world, WorldModel) or "G" not in world.config.pattern:
         return {}
     assert dreamed.obs is not None
-    real, actions, *_ = windows.real
+    real, actions, *_ = windows.recorded
     sound = dreamed.obs.isfinite().all(-1).all(-1)
     if not sound.any():
         return {}
-    state = windows.begin(world).select(sound.nonzero()[:, 0])
+    state = windows.observe(world).select(sound.nonzero()[:, 0])
     return memory_drift(world, state, real[sound], dreamed.obs[sound], actions[sound])
 
 

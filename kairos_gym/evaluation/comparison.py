@@ -15,8 +15,8 @@ from kairos_gym.data.training_data import TrainingData
 from kairos_gym.evaluation.agreement import Agreement, agreement
 from kairos_gym.evaluation.calibrate import coverage
 from kairos_gym.evaluation.memory_bounds import MemoryDrift
-from kairos_gym.evaluation.open_loop import OpenLoop, Windows
 from kairos_gym.evaluation.rollouts import Result, Rollouts
+from kairos_gym.evaluation.windows import OpenLoopErrors, Windows
 from kairos_gym.report import machine
 from world_model.contract import Imagined
 from world_model.trust import ConformalBound, DreamErrors
@@ -57,7 +57,7 @@ class Comparison:
     windows: Windows
     std: Tensor  # [O] the unit of every observation error
     dreamed: Imagined  # [W,h,...] the model's dream of the windows
-    errors: dict[str, OpenLoop]  # open loop, by the name of the dynamics; the model is the first
+    errors: dict[str, OpenLoopErrors]  # open loop, by the name of the dynamics; the model is the first
     results: dict[str, Result]  # closed loop, likewise
     ends: TerminationCounts
     speed: Speed
@@ -83,7 +83,7 @@ class Comparison:
 
         The 1-Wasserstein distance of each dimension at each step, over the windows that last so long.
         """
-        real, *_, valid = self.windows.real
+        real, *_, valid = self.windows.recorded
         assert imagined.obs is not None
         apart = []
         for t in range(self.windows.horizon):
@@ -94,7 +94,7 @@ class Comparison:
             )
         return torch.stack(apart)
 
-    def equivalent(self, horizon: int) -> float | None:
+    def equivalent_perturbation(self, horizon: int) -> float | None:
         """How far off a start, in std of its coordinates, makes the simulator as wrong as the model in the median.
 
         Interpolated between the starts of ``OFF`` on logarithmic scales; NaN beyond them, None without a simulator.
@@ -108,13 +108,13 @@ class Comparison:
         order = np.argsort(x)
         return math.exp(np.interp(at, x[order], y[order])) if x.min() <= at <= x.max() else math.nan
 
-    def usable(self, error: OpenLoop, limit: float) -> int:
+    def usable(self, error: OpenLoopErrors, limit: float) -> int:
         """How many steps the median dream stays within an NRMSE of ``limit``; 0 where not even one."""
         medians = [error.nrmse(h) for h in range(1, self.windows.horizon + 1)]
         over = [i for i, e in enumerate(medians) if not len(e) or e.median() > limit]
         return over[0] if over else self.windows.horizon
 
-    def foreseen(self, horizon: int) -> dict[str, Any]:
+    def success_auc(self, horizon: int) -> dict[str, Any]:
         """How well the highest reward dreamed within ``horizon`` steps tells the windows that are solved in that time.
 
         The area under the ROC curve, 0.5 for guessing, NaN where all windows or none are solved. Left out are those
@@ -122,7 +122,7 @@ class Comparison:
         """
         solved = self.rollouts.solved
         assert solved is not None
-        *_, ended, valid = (x[:, :horizon] for x in self.windows.real)
+        *_, ended, valid = (x[:, :horizon] for x in self.windows.recorded)
         frames = (self.windows.at[:, None] + torch.arange(1, horizon + 1)).clamp_max(len(solved) - 1)
         truly = (solved[frames] & valid).any(1)
         known = ~solved[self.windows.at] & (truly | ended.any(1) | valid.all(1))
@@ -140,7 +140,7 @@ class Comparison:
         """Every figure, as plain numbers, lists and dicts; what is not a number is None."""
         rollouts, names = self.rollouts, [policy.name for policy in self.rollouts.policies]
         h = self.horizons
-        reward = self.windows.real[2][self.windows.real[4]]
+        reward = self.windows.recorded.reward[self.windows.recorded.valid]
         mine, drift = self.errors[MODEL], self.drift(self.dreamed)
         found = {
             "model": self.name,
@@ -150,7 +150,7 @@ class Comparison:
                 "chunk": self.chunk,
                 "episodes": len(rollouts.seeds),
                 "seeds": [int(rollouts.seeds[0]), int(rollouts.seeds[-1])],
-                "starts_refused_as_solved": rollouts.refused,
+                "starts_refused_as_solved": rollouts.rejected,
                 "time_limit": rollouts.limit,
                 "windows": len(self.windows.at),
                 "context": int(self.windows.seen.max()),
@@ -166,7 +166,7 @@ class Comparison:
             "steps_within": {
                 name: {str(limit): self.usable(e, limit) for limit in (0.1, 0.3)} for name, e in self.errors.items()
             },
-            "equivalent_perturbation": {t: self.equivalent(t) for t in h},
+            "equivalent_perturbation": {t: self.equivalent_perturbation(t) for t in h},
             "error_by_policy": {
                 name: {t: spread(mine.part(self.of_policy(p)).nrmse(t)) for t in h} for p, name in enumerate(names)
             },
@@ -177,7 +177,7 @@ class Comparison:
                 for name, e in self.errors.items()
             },
             "ends": asdict(self.ends),
-            "foreseen_success": None if rollouts.solved is None else {t: self.foreseen(t) for t in h},
+            "success_auc": None if rollouts.solved is None else {t: self.success_auc(t) for t in h},
             "drift": {t: drift[t - 1].tolist() for t in h},
             "policies": {
                 name: {
@@ -247,10 +247,10 @@ def _remembered(drift: MemoryDrift, horizons: list[int]) -> dict[str, Any]:
     return {
         "steps_remembered": drift.reach.median(0).values.tolist(),
         "error": by_step(drift.error),
-        "bound": by_step(drift.running),
-        "closed_bound": by_step(drift.closed),
+        "bound": by_step(drift.running_bound),
+        "closed_bound": by_step(drift.closed_bound),
         "tightness": drift.tightness.median(0).values.tolist(),
-        "violations": int((drift.error > drift.running * (1 + 1e-3) + 1e-4).sum()),
+        "violations": int((drift.error > drift.running_bound * (1 + 1e-3) + 1e-4).sum()),
     }
 
 
@@ -268,7 +268,7 @@ def _played(result: Result, p: int) -> dict[str, Any]:
         "return": result.returns[p].mean(),
         "steps": result.steps[p].mean(),
         "ended": result.terminated[p].mean(),
-        "lost": int(result.lost[p].sum()),
+        "lost": int(result.diverged[p].sum()),
     }
     if result.success is not None:
         found["success"] = np.isfinite(result.success[p]).mean()

@@ -48,7 +48,7 @@ def interval(returns: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def plan(
+def evaluate_planner(
     env_id: str,
     dynamics: Dynamics,
     planner: Planner,
@@ -84,7 +84,7 @@ def plan(
         states = [dynamics.capture(sim)["simulator"] for sim in sims]  # not all observations tell the state
         return mpc.act(obs, state=dynamics.at(torch.cat(states)))
 
-    played = play(env_id, act, episodes=episodes, seed=seed, progress=progress, sims=sims)
+    played = play_episodes(env_id, act, episodes=episodes, seed=seed, progress=progress, sims=sims)
     assert mpc.plan is not None
     return replace(played, evaluations=mpc.plan.evaluations)
 
@@ -108,13 +108,13 @@ def play_random(env_id: str, *, episodes: int = 10, seed: int = 0) -> PlayedEpis
     def act(obs: NDArray[Any], inner: NDArray[Any] | None) -> NDArray[Any]:
         return np.stack([rng.uniform(space.low, space.high) for rng in rngs])
 
-    return play(env_id, act, episodes=episodes, seed=seed)
+    return play_episodes(env_id, act, episodes=episodes, seed=seed)
 
 
-def play(
+def play_episodes(
     env_id: str, act: Act, *, episodes: int, seed: int, progress: bool = False, sims: Sequence[gym.Env] | None = None
 ) -> PlayedEpisodes:
-    """Play ``episodes`` of the simulator side by side, with one ``act`` for all, begun as ``plan`` begins them.
+    """Play ``episodes`` of the simulator side by side, with one ``act`` for all; start e is that of seed ``seed + e``.
 
     sims: the simulators to play in, one for each episode, for an ``act`` that looks into them; they are closed.
     """

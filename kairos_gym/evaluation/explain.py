@@ -63,7 +63,7 @@ def explain(
         if over:
             raise ValueError(f"this episode ends after {number + 1} decisions: explain an earlier one than {decision}")
         now = seen[-1]
-    mpc.keep = True
+    mpc.keep_trace = True
     act()
     assert mpc.plan is not None
     real, _ = play(mpc.plan.actions[0].flatten(0, 1).cpu().numpy())
@@ -76,9 +76,9 @@ def draw_decision(explained: Explained, dims: Sequence[int] | None = None) -> Fi
 
     dims: those to draw; None takes up to three in which the futures differ most.
     """
-    plan, kept = explained.plan, explained.plan.kept
+    plan, kept = explained.plan, explained.plan.trace
     if kept is None or kept.scored.futures is None:
-        raise ValueError("this plan kept nothing: plan with keep=True")
+        raise ValueError("this plan has no trace: plan with keep_trace=True")
     futures, value = kept.scored.futures[0].cpu().numpy(), kept.scored.value[0].cpu().numpy()
     chosen = int((kept.candidates[0] == plan.actions[0]).flatten(1).all(1).nonzero()[0, 0])
     if dims is None:

@@ -35,7 +35,7 @@ def draw_error(comparison: Comparison) -> Figure:
 
 
 def _errors(axes: Axes, comparison: Comparison) -> None:
-    lasting = int(comparison.windows.real[4].any(0).sum())  # steps that some episode has
+    lasting = int(comparison.windows.recorded.valid.any(0).sum())  # steps that some episode has
     steps = np.arange(1, lasting + 1)
     for name, error in comparison.errors.items():
         if name.startswith("simulator") and name not in map(off, SHOWN):
@@ -133,7 +133,7 @@ def draw_memory(comparison: Comparison) -> Figure:
     colours = ["#2563a8", "#c2410c", "#4d8b57", "#9d6bb8"]
     heads = [(layer, drift, h) for layer, drift in comparison.memory.items() for h in range(drift.error.shape[1])]
     for i, (layer, drift, h) in enumerate(heads):
-        for values, style in ((drift.error, "-"), (drift.running, "--"), (drift.closed, ":")):
+        for values, style in ((drift.error, "-"), (drift.running_bound, "--"), (drift.closed_bound, ":")):
             median = (values / drift.size)[:, h].median(0).values.numpy()
             axes.plot(
                 median,

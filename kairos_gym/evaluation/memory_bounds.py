@@ -44,7 +44,7 @@ class MemoryDrift:
     size: Tensor  # [B,H,T+1] of the real memory, Frobenius: the scale of all these
 
     @property
-    def running(self) -> Tensor:
+    def running_bound(self) -> Tensor:
         """The bound with each step's own rho_t and xi_t -> [B,H,T+1]."""
         bounds = [self.error[..., 0]]
         for rho, xi in zip(self.rho.unbind(-1), self.xi.unbind(-1), strict=True):
@@ -52,7 +52,7 @@ class MemoryDrift:
         return torch.stack(bounds, -1)
 
     @property
-    def closed(self) -> Tensor:
+    def closed_bound(self) -> Tensor:
         """The closed form, with the largest rho and xi of each dream and head -> [B,H,T+1]."""
         rho, xi = (x.amax(-1, keepdim=True) for x in (self.rho, self.xi))
         powers = rho ** torch.arange(self.error.shape[-1], dtype=rho.dtype, device=rho.device)
@@ -60,7 +60,7 @@ class MemoryDrift:
         return powers * self.error[..., :1] + before * xi
 
     @property
-    def kept(self) -> Tensor:
+    def retained(self) -> Tensor:
         """What is left of a difference at the start, at most: the accumulated product of rho -> [B,H,T]."""
         return self.rho.cumprod(-1)
 
@@ -72,7 +72,7 @@ class MemoryDrift:
     @property
     def tightness(self) -> Tensor:
         """The measured error over the running bound after the last frame, 1 where the bound is attained -> [B,H]."""
-        return self.error[..., -1] / self.running[..., -1].clamp_min(1e-300)
+        return self.error[..., -1] / self.running_bound[..., -1].clamp_min(1e-300)
 
 
 @torch.no_grad()

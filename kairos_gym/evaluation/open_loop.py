@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,109 +9,12 @@ import torch
 from torch import Tensor
 
 from kairos_gym.data.datasets import load_dataset, simulator_of
+from kairos_gym.evaluation.windows import CONTEXT, OpenLoopErrors, Windows
 from kairos_gym.models import load
-from world_model.contract import Dynamics, Imagined
+from world_model.contract import Dynamics
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
 from world_model.spaces import alike
-
-CONTEXT = 16  # real frames that a model sees before its dream is scored
-
-
-@dataclass(frozen=True)
-class Windows:
-    """W stretches of real episodes: of each a dream sees some frames, then dreams on with the actions really played."""
-
-    episodes: Episodes
-    at: Tensor  # int64 [W], the last frame seen
-    seen: Tensor  # int64 [W], how many frames are seen, that one included
-    horizon: int  # h, steps to dream; those beyond the episode's end are not valid
-    states: Tensor | None = None  # [F,S] the simulator's exact state at each frame of the episodes, where it is known
-
-    def part(self, rows: slice | Tensor) -> Windows:
-        """Some of them."""
-        return replace(self, at=self.at[rows], seen=self.seen[rows])
-
-    @cached_property
-    def real(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What followed in the simulator: obs, action, reward, terminated and valid, each [W,h,...]."""
-        obs, action, reward, ended, valid = (x[:, 1:] for x in self.episodes.windows(self.at, self.horizon + 1))
-        return obs, action, reward, ended, valid
-
-    def begin(self, dynamics: Dynamics) -> Any:
-        """A state in which each row has seen its own frames; of the simulator itself, its exact state."""
-        if self.states is not None:
-            from envs import SimulatorDynamics  # only they have states, so a simulator is at hand
-
-            if isinstance(dynamics, SimulatorDynamics):
-                return dynamics.at(self.states[self.at])
-        state = dynamics.initial(len(self.at))
-        for frames in self.seen.unique().tolist():
-            rows = (self.seen == frames).nonzero()[:, 0]
-            obs, actions, *_ = self.episodes.windows(self.at[rows] - frames + 1, frames)
-            state = state.put(rows, dynamics.observe(dynamics.initial(len(rows)), obs, actions))
-        return state
-
-    @torch.inference_mode()
-    def dream(
-        self, dynamics: Dynamics, *, state: Any = None, actions: Tensor | None = None, chunk: int = 1, **imagine: Any
-    ) -> Imagined:
-        """All h steps, dreamed with the actions really played, without another look -> Imagined [W,h,...].
-
-        What ends stays as it ended, as ``SimulatorDynamics`` has it: its observation repeats and earns nothing more.
-        state: begin there instead of where ``begin`` does. actions: [W,h,A] to play instead.
-        """
-        state = self.begin(dynamics) if state is None else state
-        parts = []
-        for piece in (self.real[1] if actions is None else actions).split(chunk, 1):
-            state, imagined = dynamics.imagine(state, piece, **imagine)
-            parts.append(imagined)
-        obs, reward, ends = (torch.cat(part, 1) for part in zip(*(p[:3] for p in parts), strict=True))
-        over = ends.cumsum(1).cumsum(1) > 1
-        last = torch.where(over, ends.int().argmax(1, keepdim=True), torch.arange(self.horizon))
-        held = obs.gather(1, last[..., None].expand_as(obs))
-        return Imagined(held, reward.masked_fill(over, 0.0), ends | over)
-
-    def against(self, imagined: Imagined, std: Tensor) -> OpenLoop:
-        """What was wrong in a ``dream`` of these windows; std [O] is the unit of each dimension."""
-        obs, _, reward, _, valid = self.real
-        assert imagined.obs is not None
-        # A dream that is no number any more is infinitely wrong: it must not be left out.
-        wrong, missed = (x.nan_to_num(torch.inf) for x in ((imagined.obs - obs) / std, imagined.reward - reward))
-        return OpenLoop(torch.where(valid[..., None], wrong, torch.nan), torch.where(valid, missed, torch.nan))
-
-
-@dataclass(frozen=True)
-class OpenLoop:
-    """What a dream got wrong in E trajectories; NaN where an episode had ended."""
-
-    obs_error: Tensor  # [E,h,O] dreamed less real, over each dimension's std in the training data
-    reward_error: Tensor  # [E,h] in the reward's units
-
-    def part(self, rows: slice | Tensor) -> OpenLoop:
-        """Some of the trajectories."""
-        return OpenLoop(self.obs_error[rows], self.reward_error[rows])
-
-    def nrmse(self, horizon: int) -> Tensor:
-        """The RMS over dimensions at step ``horizon`` (1 is the first) of each trajectory that lasts so long -> [<=E].
-
-        Raises ValueError for a step that wasn't dreamed.
-        """
-        if not 1 <= horizon <= self.obs_error.shape[1]:
-            raise ValueError(f"{self.obs_error.shape[1]} steps were dreamed, so there is no error at step {horizon}")
-        error = self.obs_error[:, horizon - 1].square().mean(-1).sqrt()
-        return error[~error.isnan()]
-
-    def table(self, horizons: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
-        """For each horizon the RMS over trajectories (``rms``) and the median trajectory (``median``).
-
-        horizons: None takes those of 1, 8 and 64 that were dreamed.
-        """
-        rows = {}
-        for h in [h for h in (1, 8, 64) if h <= self.obs_error.shape[1]] if horizons is None else horizons:
-            error = self.nrmse(h)
-            rows[f"h{h}"] = {"rms": error.square().mean().sqrt().item(), "median": error.median().item()}
-        return rows
 
 
 def open_loop(
@@ -128,7 +28,7 @@ def open_loop(
     trajectories: int = 64,
     begin: int | None = None,
     **imagine: Any,
-) -> OpenLoop:
+) -> OpenLoopErrors:
     """Show the model ``context`` real frames, then let it dream ``horizon`` steps with the actions really played.
 
     One trajectory from each of the first ``trajectories`` episodes that are long enough, from frame ``begin`` (None:
@@ -146,7 +46,7 @@ def open_loop(
         raise ValueError(f"{len(first)} episodes have {needed}, {trajectories} are needed: collect more or longer ones")
     first = first + ((episodes.left[first] - (context + horizon - 1)) // 2 if begin is None else begin)
     windows = Windows(episodes, first + context - 1, torch.full_like(first, context), horizon)
-    return windows.against(windows.dream(model, chunk=chunk, **imagine), std)
+    return windows.errors(windows.dream(model, chunk=chunk, **imagine), std)
 
 
 def score(
@@ -157,7 +57,7 @@ def score(
     context: int = CONTEXT,
     chunk: int = 1,
     trajectories: int | None = None,
-) -> OpenLoop:
+) -> OpenLoopErrors:
     """Score ``model`` as ``open_loop`` does on the last episodes of a Minari dataset that are long enough.
 
     trajectories: None takes all that the model's training left out where it was trained on this dataset, else the

@@ -30,7 +30,7 @@ from world_model.spaces import unflatten
 SIZE = 200  # pixels of a drawn frame's longer side
 
 
-def write(comparison: Comparison, folder: str | Path, command: str) -> Path:
+def write_report(comparison: Comparison, folder: str | Path, command: str) -> Path:
     """Write the page (index.html), its figures as SVG, comparison.json and TensorBoard logs into ``folder``.
 
     command: what makes the report again; it stands at the page's foot. Returns the page's absolute path.
@@ -42,14 +42,14 @@ def write(comparison: Comparison, folder: str | Path, command: str) -> Path:
     comparison.log(folder / "logs")
     for figure in (draw_summary, draw_error, draw_dimensions, draw_drift, draw_returns):
         figure(comparison).savefig(folder / f"{figure.__name__.removeprefix('draw_')}.svg", metadata={"Date": None})
-    return page(comparison, numbers, command).write(folder / "index.html")
+    return build_report(comparison, numbers, command).write(folder / "index.html")
 
 
-def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Report:
+def build_report(comparison: Comparison, numbers: dict[str, Any], command: str) -> Report:
     """numbers: those of ``comparison``."""
     settings, env_id = numbers["settings"], numbers["env"]
     report = Report(f"Imagined against simulated: {numbers['model']} in {env_id}", command)
-    for sentence in in_short(numbers):
+    for sentence in summarise(numbers):
         report.text(sentence)
     _looks(report, comparison)
 
@@ -170,7 +170,7 @@ def page(comparison: Comparison, numbers: dict[str, Any], command: str) -> Repor
         )
     else:
         report.text("No stretch ended, neither in the simulator nor in the dream.")
-    if foreseen := numbers["foreseen_success"]:
+    if foreseen := numbers["success_auc"]:
         rows = {"ROC AUC": "auc", "stretches solved": "solved", "not solved": "not"}
         report.table(
             ["success within", *[steps_of(h) for h in hs]],
@@ -267,7 +267,7 @@ def _believes(report: Report, comparison: Comparison, numbers: dict[str, Any]) -
     )
 
 
-def in_short(numbers: dict[str, Any]) -> list[str]:
+def summarise(numbers: dict[str, Any]) -> list[str]:
     """The findings in sentences."""
     within, errors, told = numbers["steps_within"], numbers["error_by_horizon"], numbers["agreement"][MODEL]
     longest = numbers["settings"]["horizon"]
@@ -342,7 +342,7 @@ def film(comparison: Comparison, chosen: list[int]) -> list[Image.Image]:
     try:
         artist.reset(seed=0)
         space = artist.observation_space
-        real, *_, valid = comparison.windows.real
+        real, *_, valid = comparison.windows.recorded
         dreamed = comparison.dreamed.obs
         assert dreamed is not None
         frames = []

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from kairos_gym.data.actors import success_of
 from kairos_gym.dream.space_adapter import SpaceAdapter
 from kairos_gym.dream.step_function import to_numpy
+from kairos_gym.evaluation.windows import Windows
 from kairos_gym.policies.ladder import Policy, batch_of_one
 from world_model.contract import Dynamics
 from world_model.episodes import Episodes, spec_of
@@ -35,7 +36,7 @@ class Result:
     steps: Array  # [P,E] until the episode ended
     terminated: NDArray[np.bool_]  # [P,E] it did so before the time limit
     success: Array | None  # [P,E] the first step that shows success, infinite without; None where none is defined
-    lost: NDArray[np.bool_]  # [P,E] a dream that turned non-finite; its return counts up to there
+    diverged: NDArray[np.bool_]  # [P,E] a dream that turned non-finite; its return counts up to there
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Rollouts:
     env_id: str
     policies: tuple[Policy, ...]
     seeds: NDArray[np.int64]  # [E] of ``reset``, and of what the policies draw
-    refused: int  # starts that showed the task solved already
+    rejected: int  # starts that showed the task solved already
     limit: int  # steps
     episodes: Episodes
     states: Tensor | None  # float64 [F,S], the exact state at each frame; None where the simulator doesn't tell
@@ -148,12 +149,10 @@ def play_real(
 @torch.inference_mode()
 def play_dream(dynamics: Dynamics, rollouts: Rollouts, *, success_fn: SuccessFn | None = None) -> Result:
     """The same policies with the same dice from the same starts in a dream, which sees the first frame alone."""
-    from kairos_gym.evaluation.open_loop import Windows
-
     policies, seeds = rollouts.policies, rollouts.seeds
     shape = (len(policies), len(seeds))
     first, one = rollouts.starts.flatten(), torch.ones(rollouts.starts.numel(), dtype=torch.int64)
-    state = Windows(rollouts.episodes, first, one, 1, rollouts.states).begin(dynamics)
+    state = Windows(rollouts.episodes, first, one, 1, rollouts.states).observe(dynamics)
     adapter = SpaceAdapter(dynamics.spec, 1)
     device = torch.device("cpu")
     rows, obs = np.arange(len(first)), rollouts.episodes.obs[first].numpy()

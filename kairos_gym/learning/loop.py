@@ -20,8 +20,8 @@ from tqdm import tqdm
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import load_dataset
-from kairos_gym.evaluation.calibrate import LEAST, dream_errors
-from kairos_gym.evaluation.open_loop import Windows
+from kairos_gym.evaluation.calibrate import MIN_DREAMS, dream_errors
+from kairos_gym.evaluation.windows import Windows
 from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, start_states, to_replay_buffer
 from kairos_gym.learning.loop_config import LoopConfig
 from world_model.contract import Spec
@@ -195,7 +195,7 @@ class Loop:
             seen, new = new.pick(lambda e: e % 2 == 0), new.pick(lambda e: e % 2 == 1)
             model = self._fit(seen, self.out / "world" / "half", number, None)
         at = (new.left > 0).nonzero()[:, 0]
-        at = at[:: 2 if len(at) > 2 * LEAST else 1]
+        at = at[:: 2 if len(at) > 2 * MIN_DREAMS else 1]
         order = torch.randperm(len(at), generator=torch.Generator().manual_seed(self._seed(number)))
         windows = Windows(new, at[order], torch.ones(len(at), dtype=torch.int64), config.horizon)
         dreamed = dream_errors(model, windows, model.scaling.obs_std)

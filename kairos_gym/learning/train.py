@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from kairos_gym.data.datasets import load_dataset, simulator_of
-from kairos_gym.evaluation.calibrate import LEAST, calibrate_model
+from kairos_gym.evaluation.calibrate import MIN_DREAMS, calibrate_model
 from kairos_gym.evaluation.open_loop import CONTEXT, open_loop
 from kairos_gym.learning.train_config import TrainConfig
 from world_model.contract import Spec
@@ -58,7 +58,7 @@ def train(
     if config.held_out:
         held_out = Episodes.from_minari(dataset, range(trained, total))
         _measure_errors(model, held_out)
-        if config.held_out >= LEAST:
+        if config.held_out >= MIN_DREAMS:
             calibrate_model(model, episodes, [held_out], [dataset_id], seed=config.seed)
     model.save_pretrained(out)
     return model
