@@ -56,7 +56,7 @@ def _comment(field: Any) -> str:
     lines = field.lines_collection[field.filepath]
     _, mark, comment = lines[field.endlineno - 1].partition("  # ")
     if mark:
-        return str(comment)
+        return "" if comment.startswith(("noqa", "type:")) else str(comment)
     above: list[str] = []
     for line in reversed(lines[: field.lineno - 1]):
         if not line.strip().startswith("# "):
