@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kairos_gym.bench.harness import Row
+from kairos_gym.data.episode import RecordedEpisode
 from kairos_gym.evaluation.intervals import wilson
 from kairos_gym.learning.recipes import RECIPES, collect_split, load_task_data, model_config
 from kairos_gym.models import load
@@ -60,28 +61,24 @@ def lift(policy: PolicyName, reward: RewardName = "staged", episodes: int = 50, 
     bar = tqdm(total=episodes, unit="episode")
     while len(held) < episodes:
         number = seed + len(held) + refused
-        obs, info = env.reset(seed=number)
-        if info["success"]:
+        episode = RecordedEpisode(env, number)
+        if episode.successes[0]:
             refused += 1
             continue
-        sizes.add(tuple(obs[env.unwrapped.fields["cube_size"]].tolist()))
-        act = make_act(number - seed)
-        lasted, made, seen = 0, 0, None
-        over = False
-        while lasted < HOLD and not over:
-            begun = time.thread_time()
-            actions = act(obs, seen).reshape(-1, env.action_space.shape[0])
-            thinking += time.thread_time() - begun
-            frames = []
-            for action in actions:
-                obs, _, _, over, info = env.step(action.astype(np.float32))
-                frames.append(obs)
-                made, lasted = made + 1, lasted + 1 if info["success"] else 0
-                if lasted == HOLD or over:
+        sizes.add(tuple(episode.obs[env.unwrapped.fields["cube_size"]].tolist()))
+        act, last_obs = make_act(number - seed), None
+        while not (episode.done or _is_held(episode)):
+            start = time.thread_time()
+            actions = act(episode.obs, last_obs).reshape(-1, env.action_space.shape[0])
+            thinking += time.thread_time() - start
+            first = len(episode.observations)
+            for action in actions.astype(np.float32):
+                episode.step(action)
+                if episode.done or _is_held(episode):
                     break
-            seen = np.stack(frames)
-        held[number] = lasted == HOLD
-        steps.append(made)
+            last_obs = np.stack(episode.observations[first:])
+        held[number] = _is_held(episode)
+        steps.append(len(episode.actions))
         bar.set_postfix_str(f"{sum(held.values())} lifted", refresh=False)
         bar.update()
     bar.close()
@@ -96,6 +93,11 @@ def lift(policy: PolicyName, reward: RewardName = "staged", episodes: int = 50, 
         "cpu_seconds_thinking": thinking / episodes,
         "machine": machine(),
     }
+
+
+def _is_held(episode: RecordedEpisode) -> bool:
+    """Whether the cube has been lifted for the last HOLD steps."""
+    return all(episode.successes[-HOLD:])  # at the reset it was not lifted
 
 
 def _successes(held: dict[int, bool], steps: list[int]) -> Row:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from kairos_gym.data.collect_config import Behaviour
+from kairos_gym.data.episode import RecordedEpisode
 from kairos_gym.policies.ladder import Policy, batch_of_one, ladder
 
 Episode = dict[str, NDArray[Any]]
@@ -98,50 +99,33 @@ def generate_episodes(
 def play(script: Collection, env: gym.Env, turns: list[Policy], index: int) -> Episode:
     """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
 
-    Where there are ``turns``, one of them plays it. "success" [1], where the simulator tells of it.
+    Where there are ``turns``, one of them plays it. "success" [1], where the simulator reports it.
     """
     rng = np.random.default_rng([script.seed, index])
     env_seed = int(rng.integers(2**31))
     held = script.behaviour == "held" or (script.behaviour == "mixed" and index % 2 == 1)
     drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
-    obs, _ = env.reset(seed=env_seed)
+    episode = RecordedEpisode(env, env_seed)
     policy = _expert(env, rng, index) if script.behaviour == "expert" else script.policy
-    observations, rewards = [obs], []
-    actions: list[Any] = []
-    terminations: list[bool] = []
-    truncations: list[bool] = []
-    solved: bool | None = None
-    while not (terminations and (terminations[-1] or truncations[-1])):
+    while not episode.done:
         if turns:
-            action = turns[index % len(turns)].act(batch_of_one(obs), len(actions), np.array([env_seed]))[0]
+            actor, step = turns[index % len(turns)], len(episode.actions)
+            episode.step(actor.act(batch_of_one(episode.obs), step, np.array([env_seed]))[0])
+        elif policy is None:
+            episode.step(next(drawn))
         else:
-            action = next(drawn) if policy is None else _policy_action(policy, obs, env.action_space)
-        obs, reward, terminated, truncated, info = env.step(action)
-        observations.append(obs)
-        actions.append(action)
-        rewards.append(float(reward))
-        terminations.append(bool(terminated))
-        truncations.append(bool(truncated))
-        told = success_of(info)
-        solved = solved if told is None else bool(solved) or told
-    success = {} if solved is None else {"success": np.array([solved])}
+            episode.step(_policy_action(policy, episode.obs, env.action_space))
+    reported = [success for success in episode.successes[1:] if success is not None]
+    success = {"success": np.array([any(reported)])} if reported else {}
     return {
         **success,
         "seed": np.array([env_seed]),
-        **_stacked("observations", observations),
-        "actions": np.stack(actions),
-        "rewards": np.array(rewards),
-        "terminations": np.array(terminations),
-        "truncations": np.array(truncations),
+        **_stacked("observations", episode.observations),
+        "actions": np.stack(episode.actions),
+        "rewards": np.array(episode.rewards),
+        "terminations": np.array(episode.terminations),
+        "truncations": np.array(episode.truncations),
     }
-
-
-def success_of(info: dict[str, Any]) -> bool | None:
-    """What a simulator says of success in a step's ``info``; None where it says nothing."""
-    for key in ("is_success", "success"):
-        if key in info:
-            return bool(info[key])
-    return None
 
 
 def _pool(script: Collection, workers: int) -> ProcessPoolExecutor:
