@@ -12,8 +12,7 @@ from toys import LQR, ToyDynamics, box_spec
 
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
-from kairos_gym.dream.env import DreamEnv
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamEnv, DreamVectorEnv
 from planners import CEM, Objective
 from world_model.dynamics.baselines import Baseline, fit_constant, fit_ensemble, fit_linear
 from world_model.episodes import Episodes, spec_of

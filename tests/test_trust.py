@@ -13,9 +13,8 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import dreamer
 
-from kairos_gym.dream.env import DreamEnv
+from kairos_gym.dream.envs import DreamEnv, DreamVectorEnv
 from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-from kairos_gym.dream.vector_env import DreamVectorEnv
 from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kairos_gym.bench.env import TinyMLP
 from kairos_gym.bench.harness import Job, Row, imagine_job, kernels_of
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamVectorEnv
 from kairos_gym.evaluation.timing import interleaved_rates
 from kairos_gym.models import load
 from kairos_gym.report import machine

@@ -12,8 +12,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kairos_gym.bench.harness import Job, Row
-from kairos_gym.dream.env import DreamEnv
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamEnv, DreamVectorEnv
 from kairos_gym.evaluation.timing import interleaved_rates
 from kairos_gym.models import load
 from kairos_gym.report import Cell, as_text, machine

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from kairos_gym.bench.harness import Row
 from kairos_gym.bench.learning import real_returns
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamVectorEnv
 from kairos_gym.models import load
 from kairos_gym.report import machine
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kairos_gym.bench.harness import Job
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamVectorEnv
 from kairos_gym.evaluation.calibrate import draw_calibration_windows, dream_errors, split_index
 from kairos_gym.evaluation.comparison import steps_of
 from kairos_gym.evaluation.timing import interleaved_rates

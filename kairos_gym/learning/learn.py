@@ -9,7 +9,7 @@ from gymnasium import spaces
 from torch import Tensor
 from tqdm import tqdm
 
-from kairos_gym.dream.vector_env import DreamVectorEnv
+from kairos_gym.dream.envs import DreamVectorEnv
 from kairos_gym.learning.learn_config import LearnConfig
 from kairos_gym.models import load
 from world_model.contract import Dynamics, Spec
