@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from kairos_gym.data.actors import success_of
+from kairos_gym.data.episode import success_of
 from kairos_gym.dream.space_adapter import SpaceAdapter
 from kairos_gym.dream.step_function import to_numpy
 from kairos_gym.evaluation.windows import Windows
