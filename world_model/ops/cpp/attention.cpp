@@ -1,18 +1,18 @@
 // Softmax attention among the tokens of two streams with an additive bias, forward and backward, head by head.
 //
 // A frame's tokens are P of the world, then one action; queries, keys and values come as [B,F,P,3*inner] and
-// [B,F,1,3*inner], and so does what the heads answer, [.., inner]. window_attention.py's `attend` is the truth.
+// [B,F,1,3*inner], and so does the heads' output, [.., inner]. window_attention.py's `attend` is the reference.
 
 #include "vectors.h"
 
 namespace {
 
 struct Attention {
-  int64_t B, F, P, H, d, skip;  // the first `skip` tokens ask nothing
+  int64_t B, F, P, H, d, skip;  // the first `skip` tokens have no query
   int64_t ldw, lda;             // strides of the streams' rows
   float scale;
   const float *world, *action, *bias;  // bias [H,R,N], R = N - skip
-  float *out_world, *out_action;       // [B,F,P,inner], [B,F,1,inner]; zeros where nothing was asked
+  float *out_world, *out_action;       // [B,F,P,inner], [B,F,1,inner]; zeros where there is no query
   const float *dout_world, *dout_action;
   float *dworld, *daction, *dbias;  // [B,F,P,3*inner], ...
 };

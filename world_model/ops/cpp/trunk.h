@@ -1,4 +1,4 @@
-// One pass of a tile of dreams through the layers: transformer.py's Trunk onto a memory that exists.
+// One pass of a tile of dreams through the layers: transformer.py's Trunk on existing memories.
 #pragma once
 
 #include "weights.h"
@@ -12,7 +12,7 @@ struct Call {
   const int64_t* age;
   const float *obs, *before, *actions, *noise;  // [B,O], [B,O] or null, [B,F,A], [B,F,O] or null
   const float* seen;                            // [B,F,O], evidence
-  const float* const* memory;                   // a layer's tensors in the order of its letter
+  const float* const* memory;                   // the layers' tensors: one of a G layer, two of the others
   float* const* written;
   float *obs_out, *reward;  // [B,F,O], [B,F]
   uint8_t* terminated;
@@ -20,14 +20,14 @@ struct Call {
   int64_t* age_out;
 };
 
-struct Tokens {  // where one pass keeps its projections
+struct Tokens {  // the projections of one stream's tokens
   float *keys, *queries, *gates;
   int ld_keys, ld_queries, ld_gates;
 };
 
 const float* memory_of(const Model& m, const float* const* tensors, int layer, int which) {
   int at = 0;
-  for (int i = 0; i < layer; i++) at += m.layers[i].letter == 'G' ? 1 : 2;
+  for (int i = 0; i < layer; i++) at += m.layers[i].kind == 'G' ? 1 : 2;
   return tensors[at + which];
 }
 
@@ -55,9 +55,9 @@ void project(const Layer& l, const Stream& s, int rows, const float* x, int ldx,
   }
 }
 
-// Softmax attention of one dream's head: queries [rows,d] of a sight's frames, `per` each, become what they are answered
-// over keys^T [d,ld] and the values at `value`; the slots below `dead` were never written.
-void attend(const Sight& s, int head, int per, float* q, int ldq, int d, const float* keys, const float* const* value,
+// Softmax attention of one dream's head over keys^T [d,ld] and the values at `value`: the output takes the place of the
+// queries [rows,d] of the frames of `s`, `per` each. The slots below `dead` were never written.
+void attend(const Visible& s, int head, int per, float* q, int ldq, int d, const float* keys, const float* const* value,
             int dead, float scale, float* scores) {
   const int rows = (s.to - s.from) * per, count = int(s.slots.size());
   multiply(rows, q, ldq, keys, s.ld, d, s.ld, scores, s.ld);
@@ -89,118 +89,159 @@ size_t pass_room(const Model& m, int rows) {  // rows: frames of all dreams of a
   return own + heads + size_t(64) * V;
 }
 
-// One pass over the layers: noisy chunks onto the memory, or clean frames, which are written to it.
-// world [dreams*frames*P, ld], action [dreams*frames, ld]; as after the last layer, where the noisy world is left.
-void trunk(const Model& m, const Pass& p, float* world, int ldw, float* action, int lda, Arena a) {
-  const int group = m.group(), d = m.d, inner = m.inner(), F = p.frames, N = F * group;
-  const int rows_w = p.dreams * F * m.P, rows_a = p.dreams * F;
-  const int ldk2 = panels(2 * inner) * PANEL, ldg = panels(2 * m.H) * PANEL, ldv = panels(d) * PANEL;
-  const int ldq_w = panels(inner + m.expand * m.D) * PANEL, ldq_a = panels(inner + m.expand * m.Da) * PANEL;
-  int most_keys = 0;
-  for (const Layer& l : m.layers) most_keys = std::max(most_keys, m.keys(l, F));
-  const int most_ld = pad(most_keys);
-  float* normed = a.take(size_t(std::max(rows_w * ldw, rows_a * lda)));
-  Tokens w{a.take(size_t(rows_w) * ldk2), a.take(size_t(rows_w) * ldq_w), a.take(size_t(rows_w) * ldg), ldk2, ldq_w, ldg};
-  Tokens t{a.take(size_t(rows_a) * ldk2), a.take(size_t(rows_a) * ldq_a), a.take(size_t(rows_a) * ldg), ldk2, ldq_a, ldg};
-  float* keys = a.take(size_t(pad(d)) * most_ld);
-  float* scores = a.take(size_t(N) * most_ld);
-  float* told = a.take(size_t(N) * ldv);
-  float* state = a.take(size_t(pad(d)) * ldv);
-  std::vector<float*> key(N);  // where each token's keys [inner] and values [inner] are
-  std::vector<const float*> seen(most_keys), value(most_keys);
+// One pass over the layers: noisy chunks on the memory, or clean frames, which are written to it.
+struct Trunk {
+  const Model& m;
+  const Pass& p;
+  const int group, d, inner, F, N, rows_w, rows_a, ldv;  // N: tokens of a dream; rows: tokens of all, by stream
+  Tokens w{}, t{};                                       // of the world and of the action
+  float *normed, *keys, *scores, *output, *state;        // output [N,ldv], state: a head's memory transposed
+  std::vector<float*> key;                               // where each token's keys [inner] and values [inner] are
+  std::vector<const float*> seen, value;                 // of each visible slot
 
-  for (int i = 0; i < m.L; i++) {
-    const Layer& l = m.layers[i];
-    const bool G = l.letter == 'G', ask_w = p.noisy || !l.last, ask_a = !l.last, gates = G && !p.noisy;
-    project(l, l.world, rows_w, world, ldw, normed, w, ask_w, gates, inner);
-    project(l, l.action, rows_a, action, lda, normed, t, ask_a, gates, inner);
-    const int past = l.past * group;
-    for (int b = 0; b < p.dreams; b++) {
-      const int64_t row = p.first + b;
-      for (int f = 0, n = 0; f < F; f++) {
-        for (int g = 0; g < m.P; g++) key[n++] = w.keys + size_t((b * F + f) * m.P + g) * ldk2;
-        key[n++] = t.keys + size_t(b * F + f) * ldk2;
-      }
-      float* ask_world = w.queries + size_t(b) * F * m.P * ldq_w;
-      float* ask_action = t.queries + size_t(b) * F * ldq_a;
-      for (int h = 0; h < m.H; h++) {
-        float *qw = ask_world + h * d, *qa = ask_action + h * d;
-        if (b + 1 < p.dreams)  // the next dream's memory is on its way while this one's is used
-          for (int which = 0; which < (G ? 1 : 2); which++) {
-            const size_t size = size_t(G ? d : past) * d;
-            const float* next = memory_of(m, p.call->memory, i, which) + ((row + 1) * m.H + h) * size;
-            for (size_t at = 0; at < size; at += 16) __builtin_prefetch(next + at);
-          }
-        if (G) {
-          for (int n = 0; n < N; n++) to_unit(key[n] + h * d, key[n] + h * d, d);
-          if (ask_w) for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * ldq_w, qw + size_t(r) * ldq_w, d);
-          if (ask_a) for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * ldq_a, qa + size_t(r) * ldq_a, d);
-          const float* old = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * d * d;  // [e,d]
-          if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
-          transpose([=](int e) { return old + size_t(e) * d; }, d, d, state, ldv);
-          if (!p.noisy) {
-            auto query = [&](int n) { return token(qw, qa, ldq_w, ldq_a, F, m.P, 0, n); };
-            auto asks = [&](int n) { return n % group < m.P ? ask_w : ask_a; };
-            over_columns(d, d, ldv, state, [&](auto& memory, int from) {
-              for (int n = 0; n < N; n++) {
-                const float *k = key[n] + h * d, *gate = token(w.gates, t.gates, ldg, ldg, F, m.P, b, n);
-                memory.write(k, k + inner + from, gate[h], gate[m.H + h], asks(n) ? query(n) : nullptr, 1.0f,
-                             told + size_t(n) * ldv + from);
-              }
-            });
-            for (int n = 0; n < N; n++)
-              if (asks(n)) normalise(Norm{d}, 1e-2f, 1, told + size_t(n) * ldv, ldv, query(n), ldv);
-            float* to = const_cast<float*>(memory_of(m, p.call->written, i, 0)) + (row * m.H + h) * d * d;
-            transpose([=](int j) { return state + size_t(j) * ldv; }, d, d, to, d);
-            continue;
-          }
-        }
-        if (!ask_w) continue;  // nobody asks: what is written is all
-        const float *old_k = nullptr, *old_v = nullptr;
-        if (!G) {
-          old_k = memory_of(m, p.call->memory, i, 0) + (row * m.H + h) * int64_t(past) * d;
-          old_v = memory_of(m, p.call->memory, i, 1) + (row * m.H + h) * int64_t(past) * d;
-        }
-        const int dead = G ? 0 : int(std::clamp<int64_t>(l.past - p.call->age[row], 0, l.past)) * group;
-        const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
-        if (G) {  // what the memory answers, before the queries become what the chunk itself answers
-          auto recall = [&](int rows, const float* q, int ldq, float* to) {
-            multiply(rows, q, ldq, state, ldv, d, ldv, to, ldv);
-            normalise(Norm{d}, 1e-2f, rows, to, ldv, to, ldv);
-          };
-          recall(F * m.P, qw, ldq_w, told);
-          if (ask_a) recall(F, qa, ldq_a, told + size_t(F) * m.P * ldv);
-        }
-        for (const Sight& s : (p.noisy ? l.noisy : l.clean)[F]) {
-          const int count = int(s.slots.size());
-          for (int j = 0; j < count; j++) {
-            const int slot = s.slots[j];
-            seen[j] = slot < past ? old_k + size_t(slot) * d : key[slot - past] + h * d;
-            value[j] = slot < past ? old_v + size_t(slot) * d : key[slot - past] + inner + h * d;
-          }
-          transpose<true>([&](int j) { return seen[j]; }, count, d, keys, s.ld);
-          attend(s, h, m.P, qw + size_t(s.from) * m.P * ldq_w, ldq_w, d, keys, value.data(), dead, scale, scores);
-          if (ask_a) attend(s, h, 1, qa + size_t(s.from) * ldq_a, ldq_a, d, keys, value.data(), dead, scale, scores);
-        }
-        if (G) {
-          for (int r = 0; r < F * m.P; r++) add(qw + size_t(r) * ldq_w, told + size_t(r) * ldv, d);
-          for (int r = 0; ask_a && r < F; r++) add(qa + size_t(r) * ldq_a, told + size_t(F * m.P + r) * ldv, d);
-        }
-      }
-      if (!G && !p.noisy)
-        for (int h = 0; h < m.H; h++)
-          for (int which = 0; which < 2; which++) {
-            const int64_t at = (row * m.H + h) * int64_t(past) * d;
-            const float* old = memory_of(m, p.call->memory, i, which) + at;
-            float* to = const_cast<float*>(memory_of(m, p.call->written, i, which)) + at;
-            const int left = std::max(0, past - N);
-            std::memcpy(to, old + int64_t(past - left) * d, size_t(left) * d * sizeof(float));
-            for (int j = left; j < past; j++) copy(to + size_t(j) * d, key[N - past + j] + which * inner + h * d, d);
-          }
-    }
-    if (ask_w) linear<true>(l.world.leave, rows_w, w.queries, ldq_w, world, ldw);
-    if (ask_a) linear<true>(l.action.leave, rows_a, t.queries, ldq_a, action, lda);
+  // ldw, lda: the strides of the streams
+  Trunk(const Model& m, const Pass& p, int ldw, int lda, Arena& a)
+      : m(m), p(p), group(m.group()), d(m.d), inner(m.inner()), F(p.frames), N(F * group),
+        rows_w(p.dreams * F * m.P), rows_a(p.dreams * F), ldv(panels(d) * PANEL), key(N) {
+    const int ldk = panels(2 * inner) * PANEL, ldg = panels(2 * m.H) * PANEL;
+    const int ldq_w = panels(inner + m.expand * m.D) * PANEL, ldq_a = panels(inner + m.expand * m.Da) * PANEL;
+    int most_keys = 0;
+    for (const Layer& l : m.layers) most_keys = std::max(most_keys, m.keys(l, F));
+    normed = a.take(size_t(std::max(rows_w * ldw, rows_a * lda)));
+    auto take = [&](int rows, int ldq) {
+      float *k = a.take(size_t(rows) * ldk), *q = a.take(size_t(rows) * ldq), *g = a.take(size_t(rows) * ldg);
+      return Tokens{k, q, g, ldk, ldq, ldg};
+    };
+    w = take(rows_w, ldq_w), t = take(rows_a, ldq_a);
+    keys = a.take(size_t(pad(d)) * pad(most_keys));
+    scores = a.take(size_t(N) * pad(most_keys));
+    output = a.take(size_t(N) * ldv);
+    state = a.take(size_t(pad(d)) * ldv);
+    seen.resize(most_keys), value.resize(most_keys);
   }
-}
+
+  // world [dreams*frames*P, ldw], action [dreams*frames, lda], in place. The last layer computes only what is used
+  // afterwards: the noisy world.
+  void run(float* world, int ldw, float* action, int lda) {
+    for (int i = 0; i < m.L; i++) {
+      const Layer& l = m.layers[i];
+      const bool G = l.kind == 'G', query_w = queries_world(l), query_a = !l.last, gates = G && !p.noisy;
+      project(l, l.world, rows_w, world, ldw, normed, w, query_w, gates, inner);
+      project(l, l.action, rows_a, action, lda, normed, t, query_a, gates, inner);
+      for (int b = 0; b < p.dreams; b++) {
+        for (int f = 0, n = 0; f < F; f++) {
+          for (int g = 0; g < m.P; g++) key[n++] = w.keys + size_t((b * F + f) * m.P + g) * w.ld_keys;
+          key[n++] = t.keys + size_t(b * F + f) * t.ld_keys;
+        }
+        for (int h = 0; h < m.H; h++) mix(i, l, b, h);
+        if (!G && !p.noisy) slide(i, l, b);
+      }
+      if (query_w) linear<true>(l.world.out_proj, rows_w, w.queries, w.ld_queries, world, ldw);
+      if (query_a) linear<true>(l.action.out_proj, rows_a, t.queries, t.ld_queries, action, lda);
+    }
+  }
+
+  bool queries_world(const Layer& l) const { return p.noisy || !l.last; }
+  float* world_queries(int b, int h) const { return w.queries + size_t(b) * F * m.P * w.ld_queries + h * d; }
+  float* action_queries(int b, int h) const { return t.queries + size_t(b) * F * t.ld_queries + h * d; }
+  // A head's part of a layer's tensor [B,H,rows,d] in the call's old or new memory
+  const float* old_of(int layer, int which, int64_t row, int h, int rows) const {
+    return memory_of(m, p.call->memory, layer, which) + (row * m.H + h) * int64_t(rows) * d;
+  }
+  float* new_of(int layer, int which, int64_t row, int h, int rows) const {
+    return const_cast<float*>(memory_of(m, p.call->written, layer, which)) + (row * m.H + h) * int64_t(rows) * d;
+  }
+
+  // One head of one dream: the mixed output takes the place of its queries.
+  void mix(int i, const Layer& l, int b, int h) {
+    const bool G = l.kind == 'G';
+    const int rows = G ? d : l.past * group;
+    const int64_t row = p.first + b;
+    if (b + 1 < p.dreams)  // fetch the next dream's memory while this one's is used
+      for (int which = 0; which < (G ? 1 : 2); which++) {
+        const float* next = old_of(i, which, row + 1, h, rows);
+        for (size_t at = 0; at < size_t(rows) * d; at += 16) __builtin_prefetch(next + at);
+      }
+    if (G) read_state(i, l, b, h);
+    if (G && !p.noisy) return write_state(i, l, b, h);
+    if (!queries_world(l)) return;
+    if (!G) return attend_visible(l, b, h, old_of(i, 0, row, h, rows), old_of(i, 1, row, h, rows));
+    // The memory's output first, since the chunk's own takes the place of the queries.
+    float *qw = world_queries(b, h), *qa = action_queries(b, h);
+    auto recall = [&](int rows, const float* q, int ldq, float* to) {
+      multiply(rows, q, ldq, state, ldv, d, ldv, to, ldv);
+      normalise(Norm{d}, 1e-2f, rows, to, ldv, to, ldv);
+    };
+    recall(F * m.P, qw, w.ld_queries, output);
+    if (!l.last) recall(F, qa, t.ld_queries, output + size_t(F) * m.P * ldv);
+    attend_visible(l, b, h, nullptr, nullptr);
+    for (int r = 0; r < F * m.P; r++) add(qw + size_t(r) * w.ld_queries, output + size_t(r) * ldv, d);
+    for (int r = 0; !l.last && r < F; r++) add(qa + size_t(r) * t.ld_queries, output + size_t(F * m.P + r) * ldv, d);
+  }
+
+  // G: keys and queries of length 1, and the memory transposed into `state`.
+  void read_state(int i, const Layer& l, int b, int h) {
+    float *qw = world_queries(b, h), *qa = action_queries(b, h);
+    for (int n = 0; n < N; n++) to_unit(key[n] + h * d, key[n] + h * d, d);
+    if (queries_world(l))
+      for (int r = 0; r < F * m.P; r++) to_unit(qw + size_t(r) * w.ld_queries, qw + size_t(r) * w.ld_queries, d);
+    if (!l.last)
+      for (int r = 0; r < F; r++) to_unit(qa + size_t(r) * t.ld_queries, qa + size_t(r) * t.ld_queries, d);
+    const float* old = old_of(i, 0, p.first + b, h, d);  // [e,d]
+    if (ldv != d) std::fill(state, state + size_t(d) * ldv, 0.0f);
+    transpose([=](int e) { return old + size_t(e) * d; }, d, d, state, ldv);
+  }
+
+  // G, clean frames: each token's key and value are written to the memory, which then answers its query.
+  void write_state(int i, const Layer& l, int b, int h) {
+    float *qw = world_queries(b, h), *qa = action_queries(b, h);
+    const bool query_w = queries_world(l), query_a = !l.last;
+    auto query = [&](int n) { return token(qw, qa, w.ld_queries, t.ld_queries, F, m.P, 0, n); };
+    auto has_query = [&](int n) { return n % group < m.P ? query_w : query_a; };
+    over_columns(d, d, ldv, state, [&](auto& memory, int from) {
+      for (int n = 0; n < N; n++) {
+        const float *k = key[n] + h * d, *gate = token(w.gates, t.gates, w.ld_gates, t.ld_gates, F, m.P, b, n);
+        memory.write(k, k + inner + from, gate[h], gate[m.H + h], has_query(n) ? query(n) : nullptr, 1.0f,
+                     output + size_t(n) * ldv + from);
+      }
+    });
+    for (int n = 0; n < N; n++)
+      if (has_query(n)) normalise(Norm{d}, 1e-2f, 1, output + size_t(n) * ldv, ldv, query(n), ldv);
+    transpose([=](int j) { return state + size_t(j) * ldv; }, d, d, new_of(i, 0, p.first + b, h, d), d);
+  }
+
+  // Attention over the buffer's keys and values [past,d], null of a G layer, and those of the pass itself.
+  void attend_visible(const Layer& l, int b, int h, const float* old_k, const float* old_v) {
+    const bool G = l.kind == 'G';
+    const int past = l.past * group;
+    const int dead = G ? 0 : int(std::clamp<int64_t>(l.past - p.call->age[p.first + b], 0, l.past)) * group;
+    const float scale = G ? std::sqrt(float(d)) : 1.0f / std::sqrt(float(d));
+    for (const Visible& s : (p.noisy ? l.noisy : l.clean)[F]) {
+      const int count = int(s.slots.size());
+      for (int j = 0; j < count; j++) {
+        const int slot = s.slots[j];
+        seen[j] = slot < past ? old_k + size_t(slot) * d : key[slot - past] + h * d;
+        value[j] = slot < past ? old_v + size_t(slot) * d : key[slot - past] + inner + h * d;
+      }
+      transpose<true>([&](int j) { return seen[j]; }, count, d, keys, s.ld);
+      float* qw = world_queries(b, h) + size_t(s.from) * m.P * w.ld_queries;
+      attend(s, h, m.P, qw, w.ld_queries, d, keys, value.data(), dead, scale, scores);
+      float* qa = action_queries(b, h) + size_t(s.from) * t.ld_queries;
+      if (!l.last) attend(s, h, 1, qa, t.ld_queries, d, keys, value.data(), dead, scale, scores);
+    }
+  }
+
+  // S and D, clean frames: the buffers move on, and the frames' keys and values are appended.
+  void slide(int i, const Layer& l, int b) {
+    const int past = l.past * group, kept = std::max(0, past - N);
+    for (int h = 0; h < m.H; h++)
+      for (int which = 0; which < 2; which++) {
+        const float* old = old_of(i, which, p.first + b, h, past);
+        float* to = new_of(i, which, p.first + b, h, past);
+        std::memcpy(to, old + int64_t(past - kept) * d, size_t(kept) * d * sizeof(float));
+        for (int j = kept; j < past; j++) copy(to + size_t(j) * d, key[N - past + j] + which * inner + h * d, d);
+      }
+  }
+};
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What all of the compiled code is made of: vectors, exp and log, products, norms, transposes, working memory.
+// Building blocks of all compiled code: vectors, exp and log, products, norms, transposes, working memory.
 #pragma once
 
 #include <algorithm>
@@ -404,20 +404,20 @@ inline void transpose(Row row, int rows, int columns, float* t, int ldt) {
 
 // --- keys onto a memory S^T [d,ld], one after the other: delta_rule.py's recurrence, of one head
 
-// N vectors of the memory's columns, of which `e` count. What a key writes waits for the next pass over the memory, which
-// reads for the next key in the same go; how far all has decayed is a factor beside it.
+// N vectors of the memory's columns, of which `e` count. A key's write is held back until the next pass over the memory,
+// which reads for the next key at the same time; the decay of all columns is one factor.
 template <int N>
 struct Columns {
   int d, ld, e;
   float* state;
-  const float* key = nullptr;  // that waits
-  vec wrote[N] = {};           // what it writes, over `left`
+  const float* key = nullptr;  // whose write is held back
+  vec wrote[N] = {};           // that write over `left`
   float left = 1;
 
   template <bool WAITS, bool ASKED>
   void pass(const float* k, const float* q, vec* for_key, vec* for_query) {
     vec a[2][N] = {}, b[2][N] = {};  // two sums each: none waits for another
-    vec w[N];  // in registers: for all that the compiler knows a store may change what is in memory
+    vec w[N];  // in registers: the compiler can't exclude that a store changes the member
     for (int n = 0; n < N; n++) w[n] = wrote[n];
     const float* const before = key;
     const int rows = d;
@@ -441,8 +441,9 @@ struct Columns {
     for (int n = 0; n < N; n++) for_key[n] = a[0][n] + a[1][n], for_query[n] = b[0][n] + b[1][n];
   }
 
-  // A key [d] and its value [e]; told [e] answers `q`, where there is one, times `by`. The key must live until it is settled.
-  void write(const float* k, const float* value, float decay, float beta, const float* q, float by, float* told) {
+  // Writes a key [d] and its value [e]; out [e] is the output of `q`, if not null, times `by`. The key must live until
+  // the next write or settle().
+  void write(const float* k, const float* value, float decay, float beta, const float* q, float by, float* out) {
     left *= decay;
     if (left < 1e-9f) settle();  // before what is divided by it overflows
     vec mine[N], asked[N];
@@ -452,7 +453,7 @@ struct Columns {
     const float both = q ? dot(k, q, d) : 0.0f, over = 1.0f / left;
     for (int n = 0; n < N; n++) {
       const vec x = (load(value + n * V, e - n * V) - left * mine[n]) * beta;
-      if (q) store(told + n * V, (left * asked[n] + both * x) * by, e - n * V);
+      if (q) store(out + n * V, (left * asked[n] + both * x) * by, e - n * V);
       wrote[n] = x * over;
     }
   }
@@ -465,7 +466,7 @@ struct Columns {
   }
 };
 
-// Calls each(columns, from) for all columns of a memory of e, and settles what waits
+// Calls each(columns, from) for all columns of a memory of e, and settles them
 template <class Each>
 inline void over_columns(int d, int e, int ld, float* state, Each each) {
   auto some = [&](auto columns, int from) { each(columns, from), columns.settle(); };
@@ -481,7 +482,7 @@ struct Arena {
   float* take(size_t n) {
     float* p = base;
     base += (n + V - 1) / V * V;
-    if (base > end) std::abort();  // whoever asked for the room has counted wrongly
+    if (base > end) std::abort();  // the room was computed wrongly
     return p;
   }
 };

@@ -6,31 +6,31 @@
 namespace {
 
 struct Stream {
-  int width, hidden;  // hidden: 0 where this stream ends with what it writes
+  int width, hidden;  // hidden: 0 in the last layer of a stream that nothing reads afterwards
   Norm norm;
-  Matrix keys, queries, gates, leave;  // keys and values; queries and feed-forward
+  Matrix keys, queries, gates, out_proj;  // keys and values; queries and feed-forward
 };
 
-struct Sight {  // what the frames [from,to) see: keys of the buffer, then of the pass itself
+struct Visible {  // the keys that the frames [from,to) see: of the buffer, then of the pass itself
   int from, to, ld;
   std::vector<int> slots;   // rising
-  std::vector<float> bias;  // what is added to the scores [H,to-from,ld], -inf where a frame doesn't see a slot
+  std::vector<float> bias;  // added to the scores [H,to-from,ld], -inf where a frame doesn't see a slot
 };
 
 struct Layer {
-  char letter;
+  char kind;
   bool last;
   int past, stride;
   Stream world, action;
   std::vector<float> rate;                       // G: exp(log_rate) [H], then -1
-  std::vector<std::vector<Sight>> noisy, clean;  // by frames; of G the noisy chunk among itself alone
+  std::vector<std::vector<Visible>> noisy, clean;  // by frames; of G the noisy chunk among itself alone
 };
 
-struct Gated { Norm norm; Matrix enter, leave; };
+struct Gated { Norm norm; Matrix in_proj, out_proj; };
 
 struct Model {
   int O, A, K, P, D, Da, H, d, expand, window, dilation, taps, L, draft, frames, W, blocks, terminates;
-  Matrix clean_in, noisy_in, level_in, action_in, out, memory, judge[3];
+  Matrix clean_in, noisy_in, level_in, action_in, out, memory, reward_head[3];
   std::vector<float> place, begin;
   Norm features;
   std::vector<Layer> layers;
@@ -39,7 +39,7 @@ struct Model {
   // units; `error` [K,O]
   std::vector<float> obs_mean, obs_std, step_std, obs_low, obs_high, act_low, act_high, error;
   float reward_mean, reward_std;
-  std::vector<std::vector<float>> kept;  // the norms' weights
+  std::vector<std::vector<float>> norm_weights;
 
   int group() const { return P + 1; }
   int inner() const { return H * d; }
@@ -51,7 +51,7 @@ struct Reader {
   const float* next() { return *tensors++; }
 };
 
-std::vector<float> copied(const float* p, int n, float beyond = 0.0f) {  // with something to read up to a whole panel
+std::vector<float> copied(const float* p, int n, float beyond = 0.0f) {  // padded with `beyond` to a whole panel
   std::vector<float> x(p, p + n);
   x.resize(panels(n) * PANEL, beyond);
   return x;
@@ -63,11 +63,11 @@ Matrix read_linear(Reader& r, int in, int out) {
 }
 
 Norm read_norm(Model& m, Reader& r, int n) {
-  for (int i = 0; i < 2; i++) m.kept.push_back(copied(r.next(), n));
+  for (int i = 0; i < 2; i++) m.norm_weights.push_back(copied(r.next(), n));
   return Norm{n, nullptr, nullptr};
 }
 
-Stream read_stream(Model& m, Reader& r, int width, int hidden, bool gates, bool leaves) {
+Stream read_stream(Model& m, Reader& r, int width, int hidden, bool gates, bool has_output) {
   Stream s;
   const int in = m.inner(), g = gates ? 2 * m.H : 0;
   s.width = width, s.hidden = hidden, s.norm = read_norm(m, r, width);
@@ -81,21 +81,21 @@ Stream read_stream(Model& m, Reader& r, int width, int hidden, bool gates, bool 
   std::copy(b, b + in, bias.begin());
   std::copy(b + 3 * in + g, b + 3 * in + g + hidden, bias.begin() + in);
   s.queries = packed(both.data(), bias.data(), width, 0, in + hidden);
-  if (leaves) s.leave = read_linear(r, in + hidden, width);
+  if (has_output) s.out_proj = read_linear(r, in + hidden, width);
   return s;
 }
 
-// What the queries of each frame see and add to the scores: window_attention.py's `visible`, of a layer that mixes by
-// attention or, where `offsets` is null, of a chunk among itself.
-std::vector<Sight> sights(const Model& m, const Layer& l, const float* offsets, int frames, bool noisy) {
+// What the queries of each frame see, and the bias of the scores: window_attention.py's `visible`, of a layer that mixes
+// by attention or, where `offsets` is null, of a chunk among itself.
+std::vector<Visible> visible(const Model& m, const Layer& l, const float* offsets, int frames, bool noisy) {
   const int group = m.group(), past = l.past, ahead = m.K - 1;
   auto sees = [&](int i, int slot) {
     const int time = slot / group - past, limit = noisy ? 0 : i, offset = i - time;
     const bool remembered = time < limit && offset <= past && offset % l.stride == 0;
     return remembered || (time >= 0 && (noisy || time == i));
   };
-  auto looked_at = [&](int from, int to) {
-    Sight s{from, to, 0, {}, {}};
+  auto seen_by = [&](int from, int to) {
+    Visible s{from, to, 0, {}, {}};
     for (int slot = 0; slot < (past + frames) * group; slot++)
       for (int i = from; i < to; i++)
         if (sees(i, slot)) { s.slots.push_back(slot); break; }
@@ -109,15 +109,70 @@ std::vector<Sight> sights(const Model& m, const Layer& l, const float* offsets, 
                 offsets ? offsets[size_t(h) * (past + m.K) + std::clamp(i - s.slots[j] / group + past + ahead, 0, past + ahead)] : 0.0f;
     return s;
   };
-  std::vector<Sight> each, whole{looked_at(0, frames)};
-  size_t apart = 0;
-  for (int i = 0; i < frames; i++) each.push_back(looked_at(i, i + 1)), apart += each.back().ld;
-  // Taps that lie apart show each frame others: then a frame at a time is less work than all that any of them sees.
-  return 2 * apart <= size_t(frames) * whole[0].ld ? each : whole;
+  std::vector<Visible> each, whole{seen_by(0, frames)};
+  size_t separate = 0;
+  for (int i = 0; i < frames; i++) each.push_back(seen_by(i, i + 1)), separate += each.back().ld;
+  // Dilated taps differ from frame to frame: then attention by frame is less work than attention to the union.
+  return 2 * separate <= size_t(frames) * whole[0].ld ? each : whole;
+}
+
+Layer read_layer(Model& m, Reader& r, char kind, bool last) {
+  Layer l;
+  l.kind = kind, l.last = last;
+  const bool G = kind == 'G';
+  l.stride = kind == 'D' ? m.dilation : 1;
+  l.past = G ? 0 : kind == 'D' ? m.dilation * m.taps : m.window;
+  l.world = read_stream(m, r, m.D, m.expand * m.D, G, true);
+  l.action = read_stream(m, r, m.Da, last ? 0 : m.expand * m.Da, G, !last);
+  const float* own = r.next();  // log_rate or the biases of offsets
+  if (G) {
+    l.rate.assign(pad(2 * m.H), -1.0f);
+    for (int h = 0; h < m.H; h++) l.rate[h] = std::exp(own[h]);
+  }
+  l.noisy.resize(m.K + 1), l.clean.resize(m.K + 1);
+  for (int f = 1; f <= m.K; f++) {
+    l.noisy[f] = visible(m, l, G ? nullptr : own, f, true);
+    if (!G) l.clean[f] = visible(m, l, own, f, false);
+  }
+  return l;
+}
+
+void read_draft(Model& m, Reader& r) {
+  m.draft_in = read_linear(r, m.frames * m.O + m.A, m.W);
+  for (int i = 0; i < m.blocks; i++) {
+    Gated g;
+    g.norm = read_norm(m, r, m.W), g.in_proj = read_linear(r, m.W, 2 * m.W), g.out_proj = read_linear(r, m.W, m.W);
+    m.gated.push_back(std::move(g));
+  }
+  m.draft_out = read_linear(r, m.W, 2 * m.O);
+}
+
+void read_units(Model& m, Reader& r) {
+  m.obs_mean = copied(r.next(), m.O), m.obs_std = copied(r.next(), m.O), m.step_std = copied(r.next(), m.O, 1.0f);
+  m.obs_low = copied(r.next(), m.O), m.obs_high = copied(r.next(), m.O);
+  m.act_low = copied(r.next(), m.A), m.act_high = copied(r.next(), m.A);
+  m.reward_mean = *r.next(), m.reward_std = *r.next();
+  for (const float *error = r.next(), *end = error + m.K * m.O; error < end; error += m.O) {
+    std::vector<float> line = copied(error, m.O, 1.0f);
+    m.error.insert(m.error.end(), line.begin(), line.end());
+  }
+  for (int j = 0; j < m.O; j++) {  // bounds in normalised units
+    m.obs_low[j] = (m.obs_low[j] - m.obs_mean[j]) / m.obs_std[j];
+    m.obs_high[j] = (m.obs_high[j] - m.obs_mean[j]) / m.obs_std[j];
+  }
+}
+
+// Points the norms into `norm_weights`, which must not grow any more, in the order in which they were read.
+void point_norms(Model& m) {
+  size_t at = 0;
+  auto point = [&](Norm& n) { n.weight = m.norm_weights[at].data(), n.bias = m.norm_weights[at + 1].data(), at += 2; };
+  point(m.features);
+  for (Layer& l : m.layers) point(l.world.norm), point(l.action.norm);
+  for (Gated& g : m.gated) point(g.norm);
 }
 
 // sizes in the order of Model's first line; tensors in the order of compiled_step.py's _tensors
-Model* unpacked(const int32_t* sizes, const char* pattern, const float* const* tensors) {
+Model* read_model(const int32_t* sizes, const char* pattern, const float* const* tensors) {
   Model* m = new Model();
   std::memcpy(&m->O, sizes, 18 * sizeof(int32_t));
   Model& x = *m;
@@ -127,55 +182,13 @@ Model* unpacked(const int32_t* sizes, const char* pattern, const float* const* t
   x.place = copied(r.next(), x.K * wide);
   x.action_in = read_linear(r, x.A, x.Da), x.begin = copied(r.next(), x.Da);
   x.features = read_norm(x, r, wide), x.out = read_linear(r, wide, x.O);
-  for (int i = 0; i < x.L; i++) {
-    Layer l;
-    l.letter = pattern[i], l.last = i + 1 == x.L;
-    const bool G = l.letter == 'G';
-    l.stride = l.letter == 'D' ? x.dilation : 1;
-    l.past = G ? 0 : l.letter == 'D' ? x.dilation * x.taps : x.window;
-    l.world = read_stream(x, r, x.D, x.expand * x.D, G, true);
-    l.action = read_stream(x, r, x.Da, l.last ? 0 : x.expand * x.Da, G, !l.last);
-    const float* own = r.next();
-    if (G) {
-      l.rate.assign(pad(2 * x.H), -1.0f);
-      for (int h = 0; h < x.H; h++) l.rate[h] = std::exp(own[h]);
-    }
-    l.noisy.resize(x.K + 1), l.clean.resize(x.K + 1);
-    for (int f = 1; f <= x.K; f++) {
-      l.noisy[f] = sights(x, l, G ? nullptr : own, f, true);
-      if (!G) l.clean[f] = sights(x, l, own, f, false);
-    }
-    x.layers.push_back(std::move(l));
-  }
+  for (int i = 0; i < x.L; i++) x.layers.push_back(read_layer(x, r, pattern[i], i + 1 == x.L));
   x.memory = read_linear(r, wide, 2);
-  x.judge[0] = read_linear(r, 3 * x.O + x.A, x.W), x.judge[1] = read_linear(r, x.W, x.W), x.judge[2] = read_linear(r, x.W, 2);
-  if (x.draft) {
-    x.draft_in = read_linear(r, x.frames * x.O + x.A, x.W);
-    for (int i = 0; i < x.blocks; i++) {
-      Gated g;
-      g.norm = read_norm(x, r, x.W), g.enter = read_linear(r, x.W, 2 * x.W), g.leave = read_linear(r, x.W, x.W);
-      x.gated.push_back(std::move(g));
-    }
-    x.draft_out = read_linear(r, x.W, 2 * x.O);
-  }
-  x.obs_mean = copied(r.next(), x.O), x.obs_std = copied(r.next(), x.O), x.step_std = copied(r.next(), x.O, 1.0f);
-  x.obs_low = copied(r.next(), x.O), x.obs_high = copied(r.next(), x.O);
-  x.act_low = copied(r.next(), x.A), x.act_high = copied(r.next(), x.A);
-  x.reward_mean = *r.next(), x.reward_std = *r.next();
-  for (const float *error = r.next(), *end = error + x.K * x.O; error < end; error += x.O) {
-    std::vector<float> line = copied(error, x.O, 1.0f);
-    x.error.insert(x.error.end(), line.begin(), line.end());
-  }
-  for (int j = 0; j < x.O; j++) {  // bounds in normalised units
-    x.obs_low[j] = (x.obs_low[j] - x.obs_mean[j]) / x.obs_std[j];
-    x.obs_high[j] = (x.obs_high[j] - x.obs_mean[j]) / x.obs_std[j];
-  }
-  // `kept` has stopped growing: the norms may point into it, in the order in which they were read
-  size_t at = 0;
-  auto point = [&](Norm& n) { n.weight = x.kept[at].data(), n.bias = x.kept[at + 1].data(), at += 2; };
-  point(x.features);
-  for (Layer& l : x.layers) point(l.world.norm), point(l.action.norm);
-  for (Gated& g : x.gated) point(g.norm);
+  x.reward_head[0] = read_linear(r, 3 * x.O + x.A, x.W), x.reward_head[1] = read_linear(r, x.W, x.W);
+  x.reward_head[2] = read_linear(r, x.W, 2);
+  if (x.draft) read_draft(x, r);
+  read_units(x, r);
+  point_norms(x);
   return m;
 }
 
