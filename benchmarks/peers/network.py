@@ -65,7 +65,7 @@ class NetDynamics:
 
 
 class NetModel(Model):
-    """The network as ``mbrl.models.ModelEnv`` asks for it."""
+    """The network as ``mbrl.models.ModelEnv`` takes it."""
 
     def __init__(self, net: Net):
         super().__init__("cpu")

@@ -145,7 +145,7 @@ def _draw(groups: Groups, out: Path) -> None:
 
 
 def _draw_task(axes: Axes, groups: Groups, task: str) -> None:
-    """Returns by real steps of each seed, and where the simulator's own learner comes to."""
+    """Returns by real steps of each seed, and the returns of the simulator's own learner."""
     n = SAMPLES[task]
     for i, seed_row in enumerate(groups[task, "dream", n].values()):
         steps = [evaluation["steps"] for evaluation in seed_row["rounds"]]
