@@ -270,16 +270,10 @@ def compare(
     _, env_id = _load(model, env)
     comparison = compare(
         model,
-        env_id,
+        config,
+        env_id=env_id,
         also=[load_policy(source, env_id) for source in policies],
-        episodes=config.episodes,
-        seed=config.seed,
-        horizon=config.horizon,
-        context=config.context,
-        chunk=config.chunk,
-        limit=config.episode_steps,
         success_fn=None if success is None else _function(success),
-        references=config.references,
     )
     folder = out or Path("reports") / f"{Path(model).name}-{env_id}".replace("/", "-")
     path = page.write_report(comparison, folder, f"kairos {' '.join(map(shlex.quote, sys.argv[1:]))}")

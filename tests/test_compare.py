@@ -22,6 +22,7 @@ from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.training_data import TrainingData, load_training_data
 from kairos_gym.evaluation import page as comparison_page
 from kairos_gym.evaluation.compare import compare, expect_unseen
+from kairos_gym.evaluation.compare_config import CompareConfig
 from kairos_gym.evaluation.comparison import MODEL, SHUFFLED, Comparison
 from kairos_gym.evaluation.rollouts import play_real
 from kairos_gym.learning.train import train
@@ -31,7 +32,13 @@ from world_model.contract import Imagined
 from world_model.episodes import Episodes
 from world_model.state import LatentState
 
-QUICK: dict[str, Any] = dict(episodes=3, horizon=12, context=4, limit=30, progress=False, references=False)
+QUICK: dict[str, Any] = dict(episodes=3, horizon=12, context=4, episode_steps=30, references=False)
+
+
+def quick(model: Any, env_id: str | None = None, **options: Any) -> Comparison:
+    """``compare`` without progress; ``options`` are its own and those of ``CompareConfig``, else those of QUICK."""
+    config = {key: options.pop(key) for key in list(options) if key in CompareConfig.__annotations__}
+    return compare(model, CompareConfig(**QUICK | config), env_id=env_id, progress=False, **options)
 
 
 def policies(env_id: str) -> list[Policy]:
@@ -51,12 +58,12 @@ class Shuffled(SimulatorDynamics):
 
 @pytest.fixture(scope="module")
 def truth() -> Comparison:
-    return compare(SimulatorDynamics("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+    return quick(SimulatorDynamics("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"))
 
 
 @pytest.fixture(scope="module")
 def broken() -> Comparison:
-    return compare(Shuffled("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+    return quick(Shuffled("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"))
 
 
 def perfect(found: Comparison) -> None:
@@ -77,15 +84,14 @@ def test_the_simulator_itself_is_perfect(truth: Comparison) -> None:
 
 def test_the_simulator_itself_is_perfect_where_its_state_is_hidden() -> None:
     """From Pusher's observation its state can't be told: the exact state must be used. Its ends are real."""
-    perfect(compare(SimulatorDynamics("Pusher-v5"), "Pusher-v5", policies=policies("Pusher-v5"), **QUICK))
+    perfect(quick(SimulatorDynamics("Pusher-v5"), "Pusher-v5", policies=policies("Pusher-v5")))
 
 
 def test_ends_are_counted() -> None:
-    found = compare(
+    found = quick(
         SimulatorDynamics("InvertedPendulum-v5"),
         "InvertedPendulum-v5",
         policies=policies("InvertedPendulum-v5"),
-        **QUICK,
     )
     perfect(found)
     ends = found.ends
@@ -139,14 +145,14 @@ class Lost(SimulatorDynamics):
 
 
 def test_dreams_that_are_lost_are_reported_as_infinitely_wrong(tmp_path: Path) -> None:
-    found = compare(Lost("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"), **QUICK)
+    found = quick(Lost("Pendulum-v1"), "Pendulum-v1", policies=policies("Pendulum-v1"))
     assert found.errors[MODEL].nrmse(1).isinf().all() and found.results[MODEL].diverged.all()
     assert "dreams turned non-finite" in comparison_page.write_report(found, tmp_path, "x").read_text()
 
 
 def test_episodes_shorter_than_the_horizon_still_make_a_page(tmp_path: Path) -> None:
     env_id = "InvertedPendulum-v5"
-    found = compare(SimulatorDynamics(env_id), env_id, policies=policies(env_id), **{**QUICK, "horizon": 60})
+    found = quick(SimulatorDynamics(env_id), env_id, policies=policies(env_id), horizon=60)
     assert not len(found.errors[MODEL].nrmse(60))
     assert "Error by horizon" in comparison_page.write_report(found, tmp_path, "x").read_text()
 
@@ -156,12 +162,12 @@ def upright(obs: Any) -> Any:
 
 
 def test_starts_that_are_solved_are_refused_and_success_is_timed() -> None:
-    found = compare(
+    found = quick(
         SimulatorDynamics("Pendulum-v1"),
         "Pendulum-v1",
         policies=policies("Pendulum-v1"),
         success_fn=upright,
-        **{**QUICK, "episodes": 12},
+        episodes=12,
     )
     starts = found.rollouts.episodes.obs[found.rollouts.starts[0]]
     assert not upright(starts.numpy()).any() and found.rollouts.rejected > 0
@@ -201,7 +207,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_references_know_the_same_data(trained: Path) -> None:
-    found = compare(trained, policies=policies("Pendulum-v1"), **{**QUICK, "references": True})
+    found = quick(trained, policies=policies("Pendulum-v1"), references=True)
     for name in ("nothing moves", "linear", "PETS ensemble"):
         assert name in found.errors and name in found.results
     assert found.numbers()["settings"]["references_fitted_on"] == "pp/train-v0"
@@ -220,11 +226,11 @@ def test_evaluation_on_training_episodes_is_refused(trained: Path) -> None:
     played = data.action[1:41].numpy()
     copy = Policy("copy", lambda obs, step, seeds: np.repeat(played[min(step, 39)][None], len(seeds), 0))
     assert isinstance(space, gym.spaces.Box)
-    about = {**QUICK, "seed": seed, "policies": [copy, *scripted_policies(space)]}
+    about: dict[str, Any] = {"seed": seed, "policies": [copy, *scripted_policies(space)]}
     with pytest.raises(ValueError, match=r"steps of the evaluation are in the training data pp/train-v0"):
-        compare(trained, **{**about, "references": True})
+        quick(trained, **about, references=True)
     with pytest.raises(ValueError, match=r"evaluation episodes \[0\] begin where training episodes did"):
-        compare(trained, **about)
+        quick(trained, **about)
 
 
 def test_a_cycle_that_training_saw_makes_no_episode_known() -> None:
@@ -276,12 +282,12 @@ def test_lost_training_data_are_recorded_again_or_missed(trained: Path, tmp_path
         ({"chunk": 9}, "chunk must be 1 to 8"),
         ({"env_id": "Reacher-v5"}, "is it its simulator"),
         ({"env_id": None}, "names no simulator"),
-        ({"limit": 0}, "1 step or more"),
+        ({"episode_steps": 0}, "1 step or more"),
         ({"policies": policies("Pendulum-v1")[:2]}, "3 policies or more"),
         ({"policies": policies("Pendulum-v1")[:1] * 3}, "of different names"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any], what: str) -> None:
-    about = {"env_id": "Pendulum-v1", "policies": policies("Pendulum-v1"), **QUICK, **wrong}
+    about = {"env_id": "Pendulum-v1", "policies": policies("Pendulum-v1"), **wrong}
     with pytest.raises(ValueError, match=what):
-        compare(SimulatorDynamics("Pendulum-v1"), **about)
+        quick(SimulatorDynamics("Pendulum-v1"), **about)
