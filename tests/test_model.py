@@ -13,8 +13,8 @@ from tiny import SIZES, dreamt, tiny_model
 from toys import box_spec
 
 from world_model.contract import Dynamics, Spec
-from world_model.model.config import WorldModelConfig
 from world_model.files import save_atomically, write_atomically
+from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import StartStates, WorldModel
 from world_model.state import LatentState
 
