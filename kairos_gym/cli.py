@@ -121,10 +121,9 @@ def plan(
     from envs import SimulatorDynamics
     from kairos_gym.evaluation import control
     from kairos_gym.report import as_text
-    from world_model.contract import Dynamics
 
     world, env_id = _load(model, env)
-    dynamics: Dynamics = world if where == "dream" else SimulatorDynamics(env_id)
+    dynamics: Any = world if where == "dream" else SimulatorDynamics(env_id)
     run = control.evaluate_planner(env_id, dynamics, config.make(), episodes=episodes, seed=seed)
     row = {
         "planner": config.planner,

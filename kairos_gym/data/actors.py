@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kairos_gym.data.collect_config import Behaviour
+from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.episode import RecordedEpisode
 from kairos_gym.policies.ladder import Policy, batch_of_one, ladder
 
@@ -37,39 +37,37 @@ DEATHS = 3  # of workers, without an episode between them, before the recording 
 
 @dataclass(frozen=True)
 class Collection:
-    """What to play (see ``CollectConfig``): an episode is a function of this and of its number."""
+    """What to play: an episode is a function of this and of its number."""
 
     env_id: str
-    episode_steps: int | None
-    seed: int
-    behaviour: Behaviour
-    policy_seed: int
+    config: CollectConfig
     policy: Callable[[Any], Any] | None
 
-    def env(self) -> gym.Env:
+    def make_env(self) -> gym.Env:
         """The simulator."""
         from envs import make_real
 
-        limit = {} if self.episode_steps is None else {"max_episode_steps": self.episode_steps}
-        return make_real(self.env_id, **limit)
+        limit = self.config.episode_steps
+        return make_real(self.env_id, **({} if limit is None else {"max_episode_steps": limit}))
 
-    def turns(self, progress: bool) -> list[Policy]:
-        """The policies that play by turns; none for other behaviours."""
-        return ladder(self.env_id, seed=self.policy_seed, progress=progress) if self.behaviour == "ladder" else []
+    def make_policies(self, progress: bool) -> list[Policy]:
+        """The policies that play by turns; none for other behaviours than "ladder"."""
+        config = self.config
+        return ladder(self.env_id, seed=config.policy_seed, progress=progress) if config.behaviour == "ladder" else []
 
 
 def generate_episodes(
-    script: Collection, env: gym.Env, turns: list[Policy], first: int, workers: int
+    collection: Collection, env: gym.Env, policies: list[Policy], first: int, workers: int
 ) -> Generator[Episode, None, None]:
     """Play episodes ``first``, ``first`` + 1, ... without end, in that order.
 
-    Several ``workers`` play in processes of their own; ``env`` and ``turns`` serve a single one. A worker that dies is
-    replaced, and its episode is played again. Raises RuntimeError where workers die again and again.
+    Several ``workers`` play in processes of their own; ``env`` and ``policies`` serve a single one. A worker that dies
+    is replaced, and its episode is played again. Raises RuntimeError where workers die again and again.
     """
     if workers == 1:
         for index in count(first):
-            yield play(script, env, turns, index)
-    pool, deaths, index = _pool(script, workers), 0, first
+            yield play(collection, env, policies, index)
+    pool, deaths, index = _pool(collection, workers), 0, first
     playing: dict[int, Future[Episode]] = {}
     try:
         while True:
@@ -86,7 +84,7 @@ def generate_episodes(
                         "and try one worker (workers=1, --workers 1)"
                     ) from error
                 pool.shutdown(wait=False)
-                pool = _pool(script, workers)
+                pool = _pool(collection, workers)
                 playing = {i: future for i, future in playing.items() if future.done() and future.exception() is None}
                 continue
             del playing[index]
@@ -96,20 +94,20 @@ def generate_episodes(
         pool.shutdown(cancel_futures=True)
 
 
-def play(script: Collection, env: gym.Env, turns: list[Policy], index: int) -> Episode:
+def play(collection: Collection, env: gym.Env, policies: list[Policy], index: int) -> Episode:
     """Episode number ``index``: observations [T+1,O], actions [T,A], rewards, terminations and truncations [T].
 
-    Where there are ``turns``, one of them plays it. "success" [1], where the simulator reports it.
+    Where there are ``policies``, one of them plays it. "success" [1], where the simulator reports it.
     """
-    rng = np.random.default_rng([script.seed, index])
+    rng = np.random.default_rng([collection.config.seed, index])
     env_seed = int(rng.integers(2**31))
-    held = script.behaviour == "held" or (script.behaviour == "mixed" and index % 2 == 1)
+    held = collection.config.behaviour == "held" or (collection.config.behaviour == "mixed" and index % 2 == 1)
     drawn = _actions(rng, env.action_space, LONGEST_HOLD if held else 1)
     episode = RecordedEpisode(env, env_seed)
-    policy = _expert(env, rng, index) if script.behaviour == "expert" else script.policy
+    policy = _expert(env, rng, index) if collection.config.behaviour == "expert" else collection.policy
     while not episode.done:
-        if turns:
-            actor, step = turns[index % len(turns)], len(episode.actions)
+        if policies:
+            actor, step = policies[index % len(policies)], len(episode.actions)
             episode.step(actor.act(batch_of_one(episode.obs), step, np.array([env_seed]))[0])
         elif policy is None:
             episode.step(next(drawn))
@@ -128,21 +126,21 @@ def play(script: Collection, env: gym.Env, turns: list[Policy], index: int) -> E
     }
 
 
-def _pool(script: Collection, workers: int) -> ProcessPoolExecutor:
+def _pool(collection: Collection, workers: int) -> ProcessPoolExecutor:
     # Spawned, since a process that has used torch's threads can't be forked.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (script,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (collection,))
 
 
 _worker: tuple[Collection, gym.Env, list[Policy]] | None = None  # what this process, if it is a worker, plays with
 
 
-def _start_worker(script: Collection) -> None:
+def _start_worker(collection: Collection) -> None:
     global _worker
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the parent, which stops its workers
     torch.set_num_threads(1)
-    _worker = script, script.env(), script.turns(progress=False)
+    _worker = collection, collection.make_env(), collection.make_policies(progress=False)
 
 
 def _play_in_worker(index: int) -> Episode:

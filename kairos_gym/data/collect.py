@@ -55,12 +55,12 @@ def collect(
     _expect_dataset_id(dataset_id)
     if policy is not None and config.behaviour != "mixed":
         raise ValueError(f"a policy takes the place of behaviour, so leave out behaviour={config.behaviour!r}")
-    script = Collection(env_id, config.episode_steps, config.seed, config.behaviour, config.policy_seed, policy)
-    env = script.env()
+    collection = Collection(env_id, config, policy)
+    env = collection.make_env()
     try:
         _expect_env(env, config)
-        turns = script.turns(progress)
-        recipe = _recipe(script, env, turns)
+        policies = collection.make_policies(progress)
+        recipe = _recipe(collection, env, policies)
         final = get_dataset_path(dataset_id)
         part = final.with_name(f".{final.name}.part")  # hidden, so that Minari doesn't list it
         if final.exists():
@@ -69,7 +69,7 @@ def collect(
             )
             shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed at its very end
         else:
-            episodes_from = partial(generate_episodes, script, env, turns, workers=config.workers)
+            episodes_from = partial(generate_episodes, collection, env, policies, workers=config.workers)
             _record(env, episodes_from, config.amount, recipe, dataset_id, part, progress)
             (part / "dataset").rename(final)
             shutil.rmtree(part)
@@ -108,24 +108,24 @@ def _expect_env(env: gym.Env, config: CollectConfig) -> None:
         Expert(env)  # raises ValueError where there is none
 
 
-def _recipe(script: Collection, env: gym.Env, turns: list[Policy]) -> dict[str, Any]:
+def _recipe(collection: Collection, env: gym.Env, policies: list[Policy]) -> dict[str, Any]:
     """What makes the data: two runs with the same recipe give the same episodes."""
     assert env.spec is not None
-    source, policy = str(env.spec.entry_point), script.policy
+    source, config, policy = str(env.spec.entry_point), collection.config, collection.policy
     packages = ["gymnasium", "numpy", *(["robosuite"] if "robosuite" in source else [])]
     packages += ["mujoco"] if "mujoco" in source or "robosuite" in source else []
-    plain, comma, arguments = script.env_id.partition(",")
+    plain, comma, arguments = collection.env_id.partition(",")
     module, colon, _ = plain.rpartition(":")  # "module:Id-v0" is how Gymnasium finds an id that a module registers
     own = f"policy {getattr(policy, '__qualname__', type(policy).__qualname__)}"
     recipe = {
         "env_id": module + colon + env.spec.id + comma + arguments,
-        "seed": script.seed,
-        "episode_steps": script.episode_steps,
-        "behaviour": script.behaviour if policy is None else own,
+        "seed": config.seed,
+        "episode_steps": config.episode_steps,
+        "behaviour": config.behaviour if policy is None else own,
         "versions": {name: version(name) for name in packages},
     }
-    if turns:
-        recipe |= {"policy_seed": script.policy_seed, "policies": fingerprint(script.env_id, turns)}
+    if policies:
+        recipe |= {"policy_seed": config.policy_seed, "policies": fingerprint(collection.env_id, policies)}
     return recipe
 
 
