@@ -76,8 +76,8 @@ def made(size: int, out: int) -> tuple[Any, Any]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.sampled_from([1, 5, 48, 96, 97, 200]), size=SIZES, out=SIZES, beside=st.integers(1, 3))
-def test_layers(rows: int, size: int, out: int, beside: int) -> None:
+@given(rows=st.sampled_from([1, 5, 48, 96, 97, 200]), size=SIZES, out=SIZES, extra=st.integers(1, 3))
+def test_layers(rows: int, size: int, out: int, extra: int) -> None:
     torch.manual_seed(0)
     x, base = torch.randn(rows, size), torch.randn(rows, out)
     for kind, wide in (("plain", 1), ("silu", 1), ("gated", 2)):
@@ -86,12 +86,12 @@ def test_layers(rows: int, size: int, out: int, beside: int) -> None:
     norm, layer = made(size, out)
     if size > 1:  # of one number a norm leaves nothing
         assert_as(lambda x: norm_linear(x, norm, layer), nn.ModuleList([norm, layer]), [x])
-    if beside < size:
+    if extra < size:
         _, layer = made(size, out)
         assert_as(
-            lambda x, beside, base: silu_linear(x, layer, beside=beside, base=base),
+            lambda x, extra, base: silu_linear(x, layer, extra=extra, base=base),
             layer,
-            [x[:, beside:], x[:, :beside], base],
+            [x[:, extra:], x[:, :extra], base],
         )
 
 

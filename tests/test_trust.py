@@ -16,9 +16,9 @@ from tiny import dreamer
 from kairos_gym.dream.envs import DreamEnv, DreamVectorEnv
 from kairos_gym.dream.sb3_vec_env import DreamVecEnv
 from kairos_gym.evaluation.calibrate import calibrate_model, coverage, draw_calibration_windows, dream_errors
+from world_model.conformal import LEVELS, ConformalBound, DreamErrors, conformal, fit_bound
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import LEVELS, ConformalBound, DreamErrors, conformal, fit_bound
 
 
 def test_conformal_quantiles_hold_in_a_finite_sample() -> None:

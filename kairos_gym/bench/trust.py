@@ -19,13 +19,13 @@ from kairos_gym.evaluation.windows import Windows
 from kairos_gym.learning.recipes import RECIPES, calibration_sets
 from kairos_gym.models import load
 from kairos_gym.report import as_text
+from world_model.conformal import DreamErrors, conformal
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import DreamErrors, conformal
 
 SAMPLED = 4  # dreams whose spread is a signal
 HORIZONS = (1, 8, 32, 64)
-NINETY_PERCENT = 80  # its place among ``world_model.trust.LEVELS``
+NINETY_PERCENT = 80  # its place among ``world_model.conformal.LEVELS``
 ROUNDS = 9
 
 

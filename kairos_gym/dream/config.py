@@ -30,7 +30,7 @@ class DreamConfig:
         real, each divided by its std in the training data.
     confidence: the probability with which the error bound holds for dreams like those that the model was calibrated on,
         0.5 to 0.995; 0.9 where only max_error is given. With either of the two, each step reports the bound in
-        ``info["trust"]``. See ``world_model.trust``.
+        ``info["trust"]``. See ``world_model.conformal``.
 
     Raises ValueError, or TypeError for the wrong type, for a value that no model allows.
     """

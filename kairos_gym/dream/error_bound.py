@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from kairos_gym.dream.config import DreamConfig
-from world_model.trust import ConformalBound
+from world_model.conformal import ConformalBound
 
 
 class ErrorBound(NamedTuple):
     """How wrong R dreams may be: after each of K inner steps, all [R,K], or after the last that counts, all [R]."""
 
-    uncertainty: NDArray[np.float32]  # see ``world_model.trust``
+    uncertainty: NDArray[np.float32]  # see ``world_model.conformal``
     bound: NDArray[np.float64]  # of the error, at the dream's confidence; infinite beyond the calibrated steps
     steps: NDArray[np.int64]  # simulator steps since the last real frame
 

@@ -22,7 +22,7 @@ class Progress:
     episode: NDArray[np.int64]  # episodes since the seed was set; -1 before the first
     age: NDArray[np.int64]  # simulator steps since the episode began
     ended: NDArray[np.bool_]  # True also before the first episode
-    uncertainty: NDArray[np.float32]  # see ``world_model.trust``; NaN where no error bound was wanted
+    uncertainty: NDArray[np.float32]  # see ``world_model.conformal``; NaN where no error bound was wanted
 
     @classmethod
     def initial(cls, batch: int) -> Progress:

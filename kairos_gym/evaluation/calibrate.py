@@ -14,10 +14,10 @@ from kairos_gym.data.training_data import load_training_data
 from kairos_gym.evaluation.open_loop import expect_simulator, held_out
 from kairos_gym.evaluation.windows import CONTEXT, Windows
 from kairos_gym.models import load
+from world_model.conformal import ConformalBound, DreamErrors, fit_bound
 from world_model.contract import Dynamics, Imagined
 from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
-from world_model.trust import ConformalBound, DreamErrors, fit_bound
 
 HORIZON = 64  # steps, the longest dream that is calibrated
 MIN_DREAMS = 32  # dreams that a calibration asks for
@@ -29,7 +29,7 @@ def calibrate(
     """Calibrate ``model`` on Minari datasets -> the model with its ``trust``, saved in ``out`` or its own folder.
 
     Only episodes that its training left out count. The first half of them teaches the rule by which a dream's doubt
-    grows, the second says how large the errors are beside it (``world_model.trust``): where other policies played
+    grows, the second says how large the errors are beside it (``world_model.conformal``): where other policies played
     these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1 to 16 real frames, and
     go on for up to 64 steps.
 

@@ -18,8 +18,8 @@ from kairos_gym.evaluation.memory_bounds import MemoryDrift
 from kairos_gym.evaluation.rollouts import Result, Rollouts
 from kairos_gym.evaluation.windows import OpenLoopErrors, Windows
 from kairos_gym.report import machine
+from world_model.conformal import ConformalBound, DreamErrors
 from world_model.contract import Imagined
-from world_model.trust import ConformalBound, DreamErrors
 
 PERTURBATIONS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # how far off the simulator itself is started, in std
 SHOWN_PERTURBATIONS = (1e-3, 1e-2)  # those in figures and tables

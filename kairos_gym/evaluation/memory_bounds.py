@@ -1,21 +1,21 @@
-"""Bounds: what theory says of a dream's memory and of windows, computed beside what is measured.
+"""Bounds: what theory says of a dream's memory, and of windows, computed beside what is measured.
 
 Memory (Kairos, arXiv 2606.16533; the gated delta rule, arXiv 2412.06464). A token maps a layer's memory S to
 alpha S (I - beta k k^T) + beta v k^T. With unit keys and 0 < beta < 1 this shrinks the Frobenius distance of two
-memories by alpha at least, and by no more in directions across k. (The paper's lemma asks for |k|^2 < 1 - alpha, which
-unit keys never meet; alpha itself is the honest factor.) So for a memory S written from dreamed frames and S* written
-from the real ones, e_t = |S_t - S*_t|, rho_t the product of the alphas of a dreamed frame, and xi_t the distance of
-what the dreamed and the real frame make of the same S*_{t-1}:
+memories to at most alpha times its size, and to exactly that in directions across k. (The paper's lemma asks for
+|k|^2 < 1 - alpha, which unit keys never meet, so the factor here is alpha itself.) Take a memory S that is written from
+dreamed frames and S* from the real ones; e_t = |S_t - S*_t|; rho_t the product of the alphas of a dreamed frame; and
+xi_t the distance of what the dreamed and the real frame make of the same S*_{t-1}. Then
 
     e_t <= rho_t e_{t-1} + xi_t        and so        e_t <= rho^t e_0 + (1 - rho^t) / (1 - rho) xi
 
-with rho and xi the largest. What is bounded is the memory. The drift of the decoded observations is not: a small
-error of the memory may be read out large, and xi itself grows with what was dreamed amiss. Windows forget all at once
-and need no bound; layers above them are bounded given what they were shown.
+with rho and xi the largest of all steps. This bounds the memory, not the error of the decoded observations: a small
+error of the memory may be large in what is read from it, and xi itself grows with the error of what was dreamed.
+Windows forget all at once and need no bound; layers above them are bounded for the inputs that they get.
 
-Windows (the paper's first theorem). If what a window shows leaves two outcomes open, mu1 with chance a and mu2 with
-chance 1 - a, in an event of chance P, no predictor that sees the window alone has a mean squared error below
-P a (1 - a) (mu1 - mu2)^2.
+Windows (the paper's first theorem). Say that what a window shows leaves two outcomes open, mu1 with probability a and
+mu2 with probability 1 - a, in an event of probability P. Then no predictor that sees the window alone has a mean
+squared error below P a (1 - a) (mu1 - mu2)^2.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class MemoryDrift:
     """One gated-delta layer along T frames, for B dreams and each of its H heads."""
 
     error: Tensor  # [B,H,T+1] e_t, Frobenius; the first is before any frame
-    rho: Tensor  # [B,H,T] by what a dreamed frame's writing shrinks any difference, at least
-    xi: Tensor  # [B,H,T] one-step mismatch
-    size: Tensor  # [B,H,T+1] of the real memory, Frobenius: the scale of all these
+    rho: Tensor  # [B,H,T] rho_t, to which a dreamed frame shrinks any difference, at most
+    xi: Tensor  # [B,H,T] xi_t, what one dreamed frame changes
+    size: Tensor  # [B,H,T+1] Frobenius norm of the real memory: the scale of all these
 
     @property
     def running_bound(self) -> Tensor:
@@ -61,7 +61,7 @@ class MemoryDrift:
 
     @property
     def retained(self) -> Tensor:
-        """What is left of a difference at the start, at most: the accumulated product of rho -> [B,H,T]."""
+        """How much of a difference at the start is left, at most: the cumulative product of rho -> [B,H,T]."""
         return self.rho.cumprod(-1)
 
     @property
@@ -84,9 +84,9 @@ def memory_drift(
     actions: Tensor,
     other: LatentState | None = None,
 ) -> dict[int, MemoryDrift]:
-    """Write real [B,T,O] and dreamed [B,T,O] frames, which actions [B,T,A] led to -> MemoryDrift of each G layer.
+    """Let the model observe real and dreamed frames [B,T,O], both with actions [B,T,A] -> MemoryDrift of each G layer.
 
-    state: what both remember at first, or the real one alone, where ``other`` is what the dream remembers.
+    state: the memory of both at first, or of the real one alone, where ``other`` is that of the dreamed one.
     Raises ValueError where the shapes differ or no layer is a G.
     """
     if real.shape != dreamed.shape or real.shape[:2] != actions.shape[:2]:
@@ -98,43 +98,43 @@ def memory_drift(
     layers = [i for i, block in enumerate(blocks) if block.kind == "G"]
     if not layers:
         raise ValueError(f"no layer of {model.config.pattern!r} is a gated delta rule (G)")
-    scaling, tokens, one = model.scaling, model.tokens, Layout(1)
-    memories = [dict(s.tensors) for s in (state, state if other is None else other)]
+    scaling, tokens, one_frame = model.scaling, model.tokens, Layout(1)
+    memories = [dict(s.tensors) for s in (state, state if other is None else other)]  # real, dreamed
     age = state["age"]
-    apart: dict[int, list[Tensor]] = {i: [_size(memories[1][f"{i}.S"] - memories[0][f"{i}.S"])] for i in layers}
-    sizes: dict[int, list[Tensor]] = {i: [_size(memories[0][f"{i}.S"])] for i in layers}
+    error = {i: [_norm(memories[1][f"{i}.S"] - memories[0][f"{i}.S"])] for i in layers}
+    size = {i: [_norm(memories[0][f"{i}.S"])] for i in layers}
     rho: dict[int, list[Tensor]] = {i: [] for i in layers}
     xi: dict[int, list[Tensor]] = {i: [] for i in layers}
     for t in range(real.shape[1]):
-        act = tokens.actions(scaling.action(actions[:, t : t + 1]), (age == 0)[:, None])
+        action = tokens.actions(scaling.action(actions[:, t : t + 1]), (age == 0)[:, None])
         worlds = [tokens.clean(scaling.obs(frames[:, t : t + 1])) for frames in (real, dreamed)]
-        plays = [act, act]
+        plays = [action, action]
         for i, block in enumerate(blocks):
             writes = _writes(block, worlds[1], plays[1]) if i in layers else None
-            was = memories[0].get(f"{i}.S")
+            before = memories[0].get(f"{i}.S")
             for side in (0, 1):
-                own = {name: memories[side][f"{i}.{name}"] for name in block.mixing.names}
-                worlds[side], plays[side], new = block(worlds[side], plays[side], one, own, age)
-                memories[side] |= {f"{i}.{name}": x for name, x in new.items()}
+                memory = {name: memories[side][f"{i}.{name}"] for name in block.mixing.names}
+                worlds[side], plays[side], memory = block(worlds[side], plays[side], one_frame, memory, age)
+                memories[side] |= {f"{i}.{name}": x for name, x in memory.items()}
             if writes is not None:
                 keys, values, log_alpha, beta = writes
-                assert was is not None
-                _, there = delta_rule_recurrent(keys[:, :, :0], keys, values, log_alpha, beta, was, [])
-                now, theirs = memories[0][f"{i}.S"], memories[1][f"{i}.S"]
-                xi[i].append(_size(there - now))
+                assert before is not None
+                _, with_dreamed = delta_rule_recurrent(keys[:, :, :0], keys, values, log_alpha, beta, before, [])
+                after_real, after_dreamed = (side[f"{i}.S"] for side in memories)
+                xi[i].append(_norm(with_dreamed - after_real))
                 rho[i].append(log_alpha.sum(-1).exp())
-                apart[i].append(_size(theirs - now))
-                sizes[i].append(_size(now))
+                error[i].append(_norm(after_dreamed - after_real))
+                size[i].append(_norm(after_real))
         age = age + 1
-    return {i: MemoryDrift(*(torch.stack(parts[i], -1) for parts in (apart, rho, xi, sizes))) for i in layers}
+    return {i: MemoryDrift(*(torch.stack(parts[i], -1) for parts in (error, rho, xi, size))) for i in layers}
 
 
 def window_floor(outcomes: Tensor) -> tuple[float, float]:
-    """The mean squared errors below which no predictor can go that sees a situation alone -> the theorem's, the exact.
+    """The mean squared errors that no predictor can go below that sees a situation alone -> the theorem's, the exact.
 
-    outcomes [N,M]: of each of N situations that a window may show, M outcomes that are equally likely. The theorem's:
-    each situation's outcomes are cut into two parts, where that is best, and each part stands for its mean. The exact
-    one is the mean variance.
+    outcomes [N,M]: for each of N situations that a window may show, M outcomes of the same probability. For the
+    theorem's, each situation's outcomes are split into two parts, where that gives the largest floor, and each part
+    stands for its mean. The exact one is the mean variance. Raises ValueError for M below 2.
     """
     ordered = outcomes.double().sort(-1).values
     m = ordered.shape[-1]
@@ -154,6 +154,6 @@ def _writes(block: Block, world: Tensor, action: Tensor) -> tuple[Tensor, Tensor
     return delta_layer_writes(qkv, gates, block.mixing.log_rate)
 
 
-def _size(memory: Tensor) -> Tensor:
+def _norm(memory: Tensor) -> Tensor:
     """Frobenius norm of [B,H,e,d] -> [B,H]."""
     return memory.flatten(-2).norm(dim=-1)

@@ -24,13 +24,13 @@ from kairos_gym.evaluation.calibrate import MIN_DREAMS, dream_errors
 from kairos_gym.evaluation.windows import Windows
 from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, start_states, to_replay_buffer
 from kairos_gym.learning.loop_config import LoopConfig
+from world_model.conformal import ConformalBound, fit_bound
 from world_model.contract import Spec
 from world_model.episodes import Episodes, spec_of
 from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
 from world_model.training.config import FitConfig
 from world_model.training.fit import fit
-from world_model.trust import ConformalBound, fit_bound
 
 if TYPE_CHECKING:
     from kairos_gym.policies.sb3 import TrainingRecord

@@ -12,12 +12,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
+from world_model.conformal import ConformalBound
 from world_model.contract import Spec
 from world_model.episodes import StartStates
 from world_model.files import save_atomically, write_atomically
 from world_model.model.config import WorldModelConfig
 from world_model.spaces import space_from_json, space_to_json
-from world_model.trust import ConformalBound
 
 
 class Checkpoint(NamedTuple):

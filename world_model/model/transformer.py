@@ -36,7 +36,7 @@ class Stream(nn.Module):
 
     def join(self, x: Tensor, mixed: Tensor, hidden: Tensor) -> Tensor:
         """x [...,D] plus the projection of what was mixed [...,inner] and of silu(hidden) [...,expand*D]."""
-        return silu_linear(hidden, self.out_proj, beside=mixed, base=x)
+        return silu_linear(hidden, self.out_proj, extra=mixed, base=x)
 
 
 class Block(nn.Module):

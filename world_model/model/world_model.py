@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from world_model.conformal import ConformalBound
 from world_model.contract import Imagined, Spec
 from world_model.episodes import StartStates
 from world_model.model.checkpoint import Checkpoint, find_checkpoint
@@ -25,7 +26,6 @@ from world_model.runtime.compiled_step import compiled_step
 from world_model.runtime.cuda_graph import cuda_graphs
 from world_model.runtime.weight_cache import invalidate
 from world_model.state import LatentState
-from world_model.trust import ConformalBound
 
 EVIDENCE_FRAMES = 32  # the most that one pass of ``observe`` takes
 

@@ -36,7 +36,7 @@ def delta_layer(
 
         if layout.noisy:
             return Streams(*read_chunk(*qkv, state)), state
-        world, action, state = write_chunk(*qkv, *gates, log_rate, state, ask=not last)
+        world, action, state = write_chunk(*qkv, *gates, log_rate, state, outputs=not last)
         return Streams(world, action), state
     return delta_layer_torch(qkv, gates, log_rate, state, layout, last=last)
 

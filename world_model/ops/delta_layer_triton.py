@@ -102,21 +102,21 @@ def read_chunk(qkv_w: Tensor, qkv_a: Tensor, state: Tensor) -> tuple[Tensor, Ten
 
 
 def write_chunk(
-    qkv_w: Tensor, qkv_a: Tensor, gate_w: Tensor, gate_a: Tensor, log_rate: Tensor, state: Tensor, ask: bool
+    qkv_w: Tensor, qkv_a: Tensor, gate_w: Tensor, gate_a: Tensor, log_rate: Tensor, state: Tensor, outputs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write F clean frames, token by token -> outputs [B,F,P,I] and [B,F,1,I], the memory after them [B,H,d,d].
 
-    As ``delta_layer_torch`` with ``Layout(F)``. gate [...,2*H], log_rate [H]. ask: False leaves out the outputs, which
+    As ``delta_layer_torch`` with ``Layout(F)``. gate [...,2*H], log_rate [H]. outputs: False leaves them out, which
     then have no frames.
     """
     (batch, frames, count, width), (_, heads, d, _) = qkv_w.shape, state.shape
     world, action, gates_w, gates_a = (as_rows(x) for x in (qkv_w, qkv_a, gate_w, gate_a))
-    out_w, out_a = (x.new_empty(batch, frames if ask else 0, x.shape[2], width // 3) for x in (qkv_w, qkv_a))
+    out_w, out_a = (x.new_empty(batch, frames if outputs else 0, x.shape[2], width // 3) for x in (qkv_w, qkv_a))
     state = state.float().contiguous()
     final, block = torch.empty_like(state), triton.next_power_of_2(d)
     _write[(batch * heads,)](
         world, action, gates_w, gates_a, log_rate, state, out_w, out_a, final,
         world.stride(0), action.stride(0), gates_w.stride(0), gates_a.stride(0), heads, frames,
-        P=count, D=d, BLOCK_D=block, READ=ask, num_warps=min(max(block**2 // 1024, 1), 16), num_stages=1,
+        P=count, D=d, BLOCK_D=block, READ=outputs, num_warps=min(max(block**2 // 1024, 1), 16), num_stages=1,
     )  # fmt: skip
     return out_w, out_a, final

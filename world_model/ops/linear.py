@@ -44,14 +44,14 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
     return chain(x, [Layer("norm", linear, norm)])
 
 
-def silu_linear(x: Tensor, linear: nn.Linear, *, beside: Tensor, base: Tensor) -> Tensor:
-    """base + linear([beside, silu(x)]): x [...,E], beside [...,I-E], base [...,O] -> [...,O]."""
+def silu_linear(x: Tensor, linear: nn.Linear, *, extra: Tensor, base: Tensor) -> Tensor:
+    """base + linear([extra, silu(x)]): x [...,E], extra [...,I-E], base [...,O] -> [...,O]."""
     rows, layers = x.shape[:-1], [Layer("silu", linear)]
-    fits = base.shape == (*rows, linear.out_features) and beside.shape[:-1] == rows
-    fits = fits and x.shape[-1] + beside.shape[-1] == linear.in_features and linear.bias is not None
-    if fits and (library := single_thread_library("dense", x, beside, base, linear.weight, linear.bias)):
-        return _apply(library, x, layers, beside, base)
-    return base + linear(torch.cat([beside, F.silu(x)], -1))
+    fits = base.shape == (*rows, linear.out_features) and extra.shape[:-1] == rows
+    fits = fits and x.shape[-1] + extra.shape[-1] == linear.in_features and linear.bias is not None
+    if fits and (library := single_thread_library("dense", x, extra, base, linear.weight, linear.bias)):
+        return _apply(library, x, layers, extra, base)
+    return base + linear(torch.cat([extra, F.silu(x)], -1))
 
 
 def _fits(x: Tensor, layers: Sequence[Layer]) -> bool:

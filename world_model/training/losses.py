@@ -34,8 +34,8 @@ def transition_losses(model: WorldModel, batch: Transitions, forward: Forward = 
     predicted = forward("reward_head", model.reward_head.chain(), inputs)
     losses = _reward_losses(model, predicted, batch.reward, batch.terminated, torch.ones_like(batch.reward))
     if model.draft is not None:
-        seen = [batch.obs, batch.action] + ([] if batch.last_change is None else [batch.last_change])
-        mean, log_var = model.draft.read(forward("draft", model.draft.layers(), seen))
+        inputs = [batch.obs, batch.action] + ([] if batch.last_change is None else [batch.last_change])
+        mean, log_var = model.draft.read(forward("draft", model.draft.layers(), inputs))
         # A dream is cut off at the bounds, so a prediction beyond a bound on which the truth lies is no error.
         # (Pendulum's speed stops dead at its limit: without this the draft spends itself on that corner.)
         right = scaling.limit(batch.obs + scaling.step_std * mean) == batch.next_obs
@@ -45,17 +45,17 @@ def transition_losses(model: WorldModel, batch: Transitions, forward: Forward = 
 
 def chunk_losses(model: WorldModel, batch: Chunks) -> Losses:
     """Of the transformer and what it adds to the reward head, on denoised chunks (flow matching)."""
-    target, start, play = map(batch.in_chunks, (batch.obs[:, 1:], batch.obs[:, :-1], batch.actions[:, 1:]))
+    target, start, actions = map(batch.in_chunks, (batch.obs[:, 1:], batch.obs[:, :-1], batch.actions[:, 1:]))
     clean = (target - batch.draft.mean) / batch.draft.scale
     first = torch.zeros(batch.obs.shape[:2], dtype=torch.bool)
     first[:, 0] = True
     z = corrupt(clean, batch.noise, batch.level)
     residual, features, _ = model.refine(
-        batch.layout, z, batch.level, batch.draft, play, (batch.obs, batch.actions, first)
+        batch.layout, z, batch.level, batch.draft, actions, (batch.obs, batch.actions, first)
     )
     flow = velocity_loss(residual, clean, batch.level).mean(-1)
     with torch.no_grad():
-        base = model.predict_reward(start, play, target, None)
+        base = model.predict_reward(start, actions, target, None)
     predicted = base + model.memory_reward_head(features)
     rewards = _reward_losses(model, predicted, batch.reward, batch.terminated, batch.valid)
     return {"flow": _mean(flow, batch.valid), **rewards}
