@@ -134,8 +134,8 @@ class Dynamics(Protocol):
     All tensors are float32 on the model's device unless a field says otherwise; actions are in the units of
     ``spec.action_box``, observations in those of ``spec.observation_box``. A Dynamics may also have ``starts``, real
     windows to begin dreams from (``obs`` [S,T,O] and the ``actions`` [S,T,A] that led there), a ``card`` (dict) on how
-    it was made, a ``fingerprint()`` of its weights, and a ``trust`` (``world_model.conformal.ConformalBound``), the bound
-    on its error.
+    it was made, a ``fingerprint()`` of its weights, and a ``trust``, the bound on its error
+    (``world_model.conformal.ConformalBound``).
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Calibrates a model's idea of its own error on recorded episodes that its training left out."""
+"""Calibrates the bound on a model's error, on recorded episodes that its training left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from world_model.episodes import Episodes
 from world_model.model.world_model import WorldModel
 
 HORIZON = 64  # steps, the longest dream that is calibrated
-MIN_DREAMS = 32  # dreams that a calibration asks for
+MIN_DREAMS = 32  # that a calibration needs
 
 
 def calibrate(
@@ -28,10 +28,10 @@ def calibrate(
 ) -> WorldModel:
     """Calibrate ``model`` on Minari datasets -> the model with its ``trust``, saved in ``out`` or its own folder.
 
-    Only episodes that its training left out count. The first half of them teaches the rule by which a dream's doubt
-    grows, the second says how large the errors are beside it (``world_model.conformal``): where other policies played
-    these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1 to 16 real frames, and
-    go on for up to 64 steps.
+    Only episodes that its training left out are used. The rule by which a dream's uncertainty grows is fitted on the
+    first half of them, and how large errors are beside it is measured on the second (``world_model.conformal``). Where
+    other policies played these, the bound allows for policies that the rule never saw. Dreams begin anywhere, after 1
+    to 16 real frames, and are up to 64 steps long.
 
     Raises ValueError where there is nowhere to save it, where a dataset is another simulator's or holds an episode that
     the model was trained on, and where they hold too few episodes; FileNotFoundError without such a model or dataset;
@@ -63,10 +63,10 @@ def calibrate(
 def calibrate_model(
     world: WorldModel, trained_on: Episodes, parts: Sequence[Episodes], names: Sequence[str], *, seed: int = 0
 ) -> None:
-    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others, the datasets ``names``.
+    """Calibrate ``world``, which was ``trained_on`` some episodes, in place on others.
 
-    The first half of the datasets teaches the rule; of a single one, the first half of its episodes.
-    Raises ValueError where they give too few dreams.
+    parts: the episodes of each dataset of ``names``. The rule is fitted on the first half of the datasets; of a single
+    one, on the first half of its episodes. Raises ValueError where they give too few dreams.
     """
     episodes = Episodes.join(parts)
     windows = draw_calibration_windows(episodes, seed)
@@ -92,16 +92,16 @@ def calibrate_model(
 
 
 def split_index(windows: Windows, parts: Sequence[Episodes]) -> int:
-    """How many of the ``windows`` of all ``parts`` teach the rule; those behind them are measured."""
+    """Which of the ``windows`` of all ``parts`` is the first for measuring; the rule is fitted on those before it."""
     first = windows.episodes.starts()
     boundary = first[len(first) // 2] if len(parts) == 1 else sum(len(part.obs) for part in parts[: len(parts) // 2])
     return int((windows.at < boundary).sum())
 
 
 def draw_calibration_windows(episodes: Episodes, seed: int) -> Windows:
-    """Stretches that don't overlap, as many as the episodes have room for: 1 to 16 frames seen, up to 64 steps dreamed.
+    """Windows that don't overlap, as many as fit into the episodes: 1 to 16 frames seen, up to 64 steps dreamed.
 
-    Those of one episode stand together; a short episode gives one that begins anywhere in it.
+    Those of one episode are next to each other; a short episode gives one that begins anywhere in it.
     """
     rng = np.random.default_rng(seed)
     at, seen = [], []
@@ -111,14 +111,14 @@ def draw_calibration_windows(episodes: Episodes, seed: int) -> Windows:
         size = frames // pieces
         for piece in range(pieces):
             last = max(size - HORIZON, size - 1 if pieces == 1 and size <= HORIZON else 1)
-            here = int(rng.integers(0, last))
-            at.append(first + piece * size + here)
-            seen.append(int(rng.integers(1, min(CONTEXT, here + 1) + 1)))
+            frame = int(rng.integers(0, last))
+            at.append(first + piece * size + frame)
+            seen.append(int(rng.integers(1, min(CONTEXT, frame + 1) + 1)))
     return Windows(episodes, torch.tensor(at), torch.tensor(seen), HORIZON)
 
 
 def dream_errors(dynamics: Dynamics, windows: Windows, unit: Tensor, imagined: Imagined | None = None) -> DreamErrors:
-    """The windows, dreamed (``imagined`` where they have been already), with their errors in ``unit`` [O]."""
+    """Dream the windows, or take ``imagined`` where they are dreamed already -> their errors, in ``unit`` [O]."""
     imagined = windows.dream(dynamics) if imagined is None else imagined
     assert imagined.obs is not None
     error = windows.errors(imagined, unit).obs_error.square().mean(-1).sqrt()
@@ -134,21 +134,22 @@ def coverage(
     confidence: float = 0.9,
     chunk: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """How often the bound held after each of ``horizons`` steps ("coverage"), and how wide it was ("mean", "median").
+    """How often the bound held after each of ``horizons`` steps ("coverage"), and its "mean" and "median".
 
-    "error" is the error's own quantile in these dreams: what the best bound would be that knows the steps alone.
+    "error" is the error's own quantile in these dreams: the best bound that knows only the number of steps.
+    Left out are horizons without a finite bound, and those that no dream reaches.
     """
-    bound, widths, found = dreams.bound(trust, confidence, chunk), trust.quantile(confidence, chunk), {}
-    for h in [h for h in horizons if bool(widths[h - 1].isfinite())]:  # a bound that says nothing holds always
+    bound, quantiles, rows = dreams.bound(trust, confidence, chunk), trust.quantile(confidence, chunk), {}
+    for h in [h for h in horizons if bool(quantiles[h - 1].isfinite())]:
         error, width = dreams.error[:, h - 1], bound[:, h - 1]
         lasts = ~error.isnan()
         error, width = error[lasts], width[lasts]
         if len(error):
-            found[f"h{h}"] = {
+            rows[f"h{h}"] = {
                 "dreams": len(error),
                 "coverage": (error <= width).float().mean().item(),
                 "mean": width.mean().item(),
                 "median": width.median().item(),
                 "error": torch.quantile(error, confidence).item(),
             }
-    return found
+    return rows

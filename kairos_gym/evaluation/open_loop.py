@@ -29,10 +29,10 @@ def open_loop(
     begin: int | None = None,
     **imagine: Any,
 ) -> OpenLoopErrors:
-    """Show the model ``context`` real frames, then let it dream ``horizon`` steps with the actions really played.
+    """Show the model ``context`` real frames, then dream ``horizon`` steps with the actions that were really played.
 
-    One trajectory from each of the first ``trajectories`` episodes that are long enough, from frame ``begin`` (None:
-    from its middle). std [O]: the training data's.
+    One trajectory in each of the first ``trajectories`` episodes that are long enough, from frame ``begin`` on (None:
+    in its middle). std [O]: the training data's.
     Raises ValueError for a number below 1 (``begin``: below 0), and where there are too few episodes of at least
     context + horizon frames.
     """
@@ -71,24 +71,24 @@ def score(
     dataset = load_dataset(dataset_id)
     expect_simulator(world, "the model" if isinstance(model, WorldModel) else f"model {str(model)!r}", dataset)
     left_out, total = held_out(world, dataset_id), dataset.total_episodes
-    fresh = range(0 if left_out is None else max(0, total - left_out), total)
+    unseen = range(0 if left_out is None else max(0, total - left_out), total)
     if left_out is not None and (trajectories or 1) > left_out:
         raise ValueError(
             f"training left out the last {left_out} episodes of {dataset_id}, so {trajectories or 1} can't be scored: "
             "lower trajectories, or collect another dataset"
         )
     frames = {
-        e: int(m["total_steps"]) + 1 for e, m in zip(fresh, dataset.storage.get_episode_metadata(fresh), strict=True)
+        e: int(m["total_steps"]) + 1 for e, m in zip(unseen, dataset.storage.get_episode_metadata(unseen), strict=True)
     }
-    fit = [e for e in fresh if frames[e] >= context + horizon]
-    if len(fit) < (trajectories or 1):
+    chosen = [e for e in unseen if frames[e] >= context + horizon]
+    if len(chosen) < (trajectories or 1):
         raise ValueError(
-            f"{len(fit)} of the {len(fresh)} episodes to score in {dataset_id} have context + horizon = "
+            f"{len(chosen)} of the {len(unseen)} episodes to score in {dataset_id} have context + horizon = "
             f"{context + horizon} frames, {trajectories or 1} are needed, the longest has "
             f"{max(frames.values(), default=0)}: lower horizon, context or trajectories, or collect more or longer ones"
         )
-    fit = fit[-(trajectories or left_out or 64) :]
-    episodes = Episodes.from_minari(dataset, fit)
+    chosen = chosen[-(trajectories or left_out or 64) :]
+    episodes = Episodes.from_minari(dataset, chosen)
     return open_loop(
         world,
         episodes,
@@ -96,12 +96,12 @@ def score(
         horizon=horizon,
         context=context,
         chunk=chunk,
-        trajectories=len(fit),
+        trajectories=len(chosen),
     )
 
 
 def held_out(model: WorldModel, dataset_id: str) -> int | None:
-    """How many episodes at the end of the dataset training left out; None where it wasn't trained on this dataset."""
+    """How many of the dataset's last episodes training left out; None where it wasn't trained on this dataset."""
     data = model.card.get("data")
     return int(data["held_out"]) if isinstance(data, dict) and data.get("dataset") == dataset_id else None
 
@@ -113,6 +113,7 @@ def _check(horizon: int, context: int, chunk: int, trajectories: int) -> None:
 
 
 def expect_simulator(model: WorldModel, name: str, dataset: Any) -> None:
+    """Raises ValueError where ``dataset`` was recorded in another simulator than the model's; ``name`` is the model's."""
     ours, theirs = model.card.get("env"), simulator_of(dataset)
     if ours and theirs and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
         raise ValueError(f"{name} dreams {ours}, but dataset {dataset.id} was recorded in {theirs}")

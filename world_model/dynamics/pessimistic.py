@@ -20,8 +20,8 @@ class Pessimistic:
         DreamVecEnv(Pessimistic(model, penalty=1.0), 64)
 
     by: the measure of uncertainty. "distance": how far a step lies from the training data. "uncertainty": that of the
-        error bound (``world_model.conformal``), which accumulates along the imagined path. Both are an RMS over dimensions
-        in standard deviations.
+        error bound (``world_model.conformal``), which accumulates along the imagined path. Both are an RMS over
+        dimensions in standard deviations.
     penalty: in standard deviations of the training data's reward, so that one number suits every task; in the reward's
         unit for dynamics without a ``scaling``. It also lowers an objective's own ``reward_fn`` (``Imagined.cost``).
 
