@@ -20,13 +20,12 @@ from envs import SimulatorDynamics, make_real
 from kairos_gym import DreamVecEnv, load
 from kairos_gym.learning.learn import learn as learn_in_dream
 from kairos_gym.learning.learn_config import LearnConfig
+from kairos_gym.policies.evaluate import Evaluation, evaluate
 from kairos_gym.policies.sb3 import (
     ALGORITHMS,
     Algorithm,
-    Evaluation,
     MixedReplayBuffer,
     TrainingRecord,
-    evaluate,
     make_algorithm,
     train_policy,
 )

@@ -16,10 +16,11 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from toys import PointMass, box_spec
 
 from kairos_gym import DreamVecEnv
-from kairos_gym.learning.learn import make_eval_envs, to_replay_buffer
+from kairos_gym.learning.learn import to_replay_buffer
 from kairos_gym.learning.loop import REAL_SHARE, Loop, ModelErrors, _cut, loop
 from kairos_gym.learning.loop_config import LoopConfig
-from kairos_gym.policies.sb3 import evaluate, make_algorithm
+from kairos_gym.policies.evaluate import evaluate, make_eval_envs
+from kairos_gym.policies.sb3 import make_algorithm
 from world_model.dynamics import Pessimistic
 from world_model.episodes import Episodes, StartStates
 from world_model.model.world_model import WorldModel

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from kairos_gym.bench.harness import ROWS, Row, read_rows
-from kairos_gym.learning.learn import make_eval_envs
 from kairos_gym.learning.loop import loop
 from kairos_gym.learning.loop_config import LoopConfig
 from kairos_gym.plots import BLUE, INK, ORANGE, panels
+from kairos_gym.policies.evaluate import make_eval_envs
 from kairos_gym.report import Cell, as_text, machine
 
 SAMPLES = {"Pendulum-v1": 1000, "InvertedPendulum-v5": 1000, "Reacher-v5": 4000, "HalfCheetah-v5": 4000}  # N
@@ -98,7 +98,7 @@ def _learn_in_simulator(task: str, way: Way, seed: int, samples: int) -> Row:
 
 def real_returns(policy: Any, task: str) -> list[float]:
     """The returns of 10 real episodes from fresh starts."""
-    from kairos_gym.policies.sb3 import evaluate
+    from kairos_gym.policies.evaluate import evaluate
 
     return evaluate(policy, make_eval_envs(task)[0], seed=FRESH).real.tolist()
 

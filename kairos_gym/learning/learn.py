@@ -12,6 +12,7 @@ from tqdm import tqdm
 from kairos_gym.dream.envs import DreamVectorEnv
 from kairos_gym.learning.learn_config import LearnConfig
 from kairos_gym.models import load
+from kairos_gym.policies.evaluate import EVAL_EPISODES, make_eval_envs
 from world_model.contract import Dynamics, Spec
 from world_model.dynamics.draft_dynamics import DraftDynamics
 from world_model.episodes import Episodes, StartStates
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from kairos_gym.policies.shac import ActorCritic
 
-EVAL_EPISODES = 10  # of each evaluation
 EVALUATIONS = 10  # of a training
 
 
@@ -101,7 +101,8 @@ def _learn_shac(
     settings: dict[str, Any],
 ) -> ActorCritic:
     """``kairos_gym.policies.sb3.train_policy`` for SHAC."""
-    from kairos_gym.policies.sb3 import TrainingRecord, evaluate, serialise_settings
+    from kairos_gym.policies.evaluate import evaluate
+    from kairos_gym.policies.sb3 import TrainingRecord, serialise_settings
     from kairos_gym.policies.shac import ActorCritic, ShacConfig
 
     seed, steps = config.seed, config.total_steps
@@ -142,22 +143,6 @@ def _expect_spaces(spec: Spec, env_id: str, real: VecEnv, algorithm: str) -> Non
             raise ValueError(f"{env_id} has {name} {ours}, the model {theirs}: evaluate it in another simulator")
         if algorithm != "ppo" and (not isinstance(ours, spaces.Box) or len(ours.shape) != 1):
             raise ValueError(f"{algorithm} learns with {name} that are a Box [N], got {ours}: ppo may do")
-
-
-def make_eval_envs(env_id: str) -> tuple[VecEnv, int]:
-    """EVAL_EPISODES real simulators to evaluate policies in, and the time limit of their episodes in steps.
-
-    Raises ValueError where there is no such limit.
-    """
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
-    from envs import make_real
-
-    envs = [make_real(env_id) for _ in range(EVAL_EPISODES)]
-    spec = envs[0].spec
-    if spec is None or spec.max_episode_steps is None:
-        raise ValueError(f"{env_id} has no time limit, so an episode might never end")
-    return DummyVecEnv([lambda env=env: env for env in envs]), spec.max_episode_steps  # type: ignore[misc]
 
 
 def start_states(episodes: Episodes) -> StartStates:

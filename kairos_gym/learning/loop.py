@@ -22,8 +22,9 @@ from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.data.datasets import load_dataset
 from kairos_gym.evaluation.calibrate import MIN_DREAMS, dream_errors
 from kairos_gym.evaluation.windows import Windows
-from kairos_gym.learning.learn import EVAL_EPISODES, make_eval_envs, start_states, to_replay_buffer
+from kairos_gym.learning.learn import start_states, to_replay_buffer
 from kairos_gym.learning.loop_config import LoopConfig
+from kairos_gym.policies.evaluate import EVAL_EPISODES, make_eval_envs
 from world_model.conformal import ConformalBound, fit_bound
 from world_model.contract import Spec
 from world_model.episodes import Episodes, spec_of
@@ -122,7 +123,7 @@ class Loop:
     def round(self) -> dict[str, Any]:
         """Play, measure the model on the new episodes, train it, train the policy, evaluate it -> the record's row."""
         from kairos_gym.dream.sb3_vec_env import DreamVecEnv
-        from kairos_gym.policies.sb3 import evaluate
+        from kairos_gym.policies.evaluate import evaluate
 
         number, timer = len(self.record.rows), PhaseTimer()
         if self.policy is not None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 try:
@@ -23,6 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("policies are learned by Stable-Baselines3: pip install 'kairos_gym[sb3]'") from error
 
+from kairos_gym.policies.evaluate import Evaluation, evaluate
 from world_model.files import expect_same_recipe, replace_atomically, write_atomically
 
 Algorithm = Literal["sac", "td3", "ppo"]
@@ -37,40 +37,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"learning_rate": 1e-3, "n_steps": 64, "batch_size": 512, "gae_lambda": 0.9},
 }
 DREAMS_AN_UPDATE = 8  # steps of single dreams for each gradient update of SAC and TD3
-
-
-class Evaluation(NamedTuple):
-    """The returns of a policy from the same E starts, in the simulator and in the dream."""
-
-    real: NDArray[np.float64]  # [E]
-    imagined: NDArray[np.float64] | None  # [E]; None where nothing was dreamed
-
-
-def evaluate(policy: Any, real: VecEnv, dream: VecEnv | None = None, *, seed: int = 1000) -> Evaluation:
-    """One whole episode of ``policy``, without its noise, in each of the E envs of ``real`` -> Evaluation.
-
-    Env e starts with seed + e. A ``dream`` of as many envs, whose ``reset`` takes the option "observation", starts at
-    the very same observations.
-    """
-    real.seed(seed)
-    starts = real.reset()
-    real.seed(seed)
-    returns = _play_episodes(policy, real)
-    if dream is None:
-        return Evaluation(returns, None)
-    dream.seed(seed)
-    dream.set_options([{"observation": start} for start in np.asarray(starts)])
-    return Evaluation(returns, _play_episodes(policy, dream))
-
-
-def _play_episodes(policy: Any, venv: VecEnv) -> NDArray[np.float64]:
-    """The return of each env's first episode [E], in the order of the envs, unlike SB3's ``evaluate_policy``."""
-    obs, returns, running = venv.reset(), np.zeros(venv.num_envs), np.ones(venv.num_envs, bool)
-    while running.any():
-        obs, rewards, done, _ = venv.step(policy.predict(obs, deterministic=True)[0])
-        returns[running] += rewards[running]
-        running &= ~done
-    return returns
 
 
 class MixedReplayBuffer(ReplayBuffer):
