@@ -40,9 +40,9 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ove
 
 
 class Report:
-    """A page that grows from the top: Report(title, command).text(...).table(...).figure(...).write(path).
+    """A page, built from the top down: Report(title, command).text(...).table(...).figure(...).write(path).
 
-    command: what makes this page again; it stands at the foot, with the machine and the date.
+    command: what makes this page again; the footer shows it, with the machine and the date.
     """
 
     def __init__(self, title: str, command: str):
@@ -58,7 +58,9 @@ class Report:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Report:
         """Rows under columns; numbers are shown to four figures."""
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(_shown(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(_format(cell))}</td>" for cell in row) + "</tr>\n" for row in rows
+        )
         return self._add(f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}</table></div>')
 
     def figure(self, figure: Figure, caption: str) -> Report:
@@ -70,15 +72,15 @@ class Report:
         return self._add(f"<figure>\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>")
 
     def picture(self, data: bytes, kind: str, caption: str) -> Report:
-        """A picture, moving or not, of ``kind`` "png" or "webp", inside the page."""
-        coded = base64.b64encode(data).decode()
+        """A picture, moving or not, of ``kind`` "png" or "webp", embedded in the page."""
+        encoded = base64.b64encode(data).decode()
         return self._add(
-            f'<figure>\n<img src="data:image/{kind};base64,{coded}" alt="{escape(caption)}">'
+            f'<figure>\n<img src="data:image/{kind};base64,{encoded}" alt="{escape(caption)}">'
             f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, and the folders it stands in -> its absolute path."""
+        """Write the page, and make its folder -> its absolute path."""
         path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
@@ -98,8 +100,8 @@ class Report:
 
 
 def as_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """The same table for a terminal: the first column to the left, the others to the right."""
-    cells = [list(columns), *([_shown(cell) for cell in row] for row in rows)]
+    """A table for a terminal: the first column aligned to the left, the others to the right."""
+    cells = [list(columns), *([_format(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(
@@ -112,7 +114,7 @@ def as_text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def machine() -> str:
-    """What ran it, in a line: processor, cores, threads, kernels, a GPU where there is one, versions."""
+    """This machine in one line: processor, cores, threads, kernels, a GPU where there is one, versions."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -131,5 +133,5 @@ def machine() -> str:
     )
 
 
-def _shown(cell: Cell) -> str:
+def _format(cell: Cell) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -47,10 +47,10 @@ def calibrate(
         dataset = load_dataset(name)
         expect_simulator(world, f"model {str(model)!r}", dataset)
         left_out, total = held_out(world, name), dataset.total_episodes
-        fresh = range(0 if left_out is None else max(0, total - left_out), total)
-        if not fresh:
+        unseen = range(0 if left_out is None else max(0, total - left_out), total)
+        if not unseen:
             raise ValueError(f"training used all of {name}: record another dataset")
-        parts.append(Episodes.from_minari(dataset, fresh))
+        parts.append(Episodes.from_minari(dataset, unseen))
     trained_on = load_training_data(world.card).episodes
     for name, part in zip(names, parts, strict=True):
         if known := int(trained_on.holds(part).sum()):

@@ -113,7 +113,7 @@ def _check(horizon: int, context: int, chunk: int, trajectories: int) -> None:
 
 
 def expect_simulator(model: WorldModel, name: str, dataset: Any) -> None:
-    """Raises ValueError where ``dataset`` was recorded in another simulator than the model's; ``name`` is the model's."""
+    """Raises ValueError where ``dataset`` was recorded in another simulator than that of the model called ``name``."""
     ours, theirs = model.card.get("env"), simulator_of(dataset)
     if ours and theirs and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
         raise ValueError(f"{name} dreams {ours}, but dataset {dataset.id} was recorded in {theirs}")

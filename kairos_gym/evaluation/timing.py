@@ -1,4 +1,4 @@
-"""Timing by turns: whatever else the machine does meanwhile meets all contenders alike."""
+"""Timing by turns, so that other load on the machine slows all contenders alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def interleaved_rates(
     setup: Callable[[], object] | None = None,
     warmup: bool = True,
 ) -> dict[Name, list[float]]:
-    """Run all jobs once a round -> the units that each did a second, round by round.
+    """Run all jobs once a round -> for each the units that it did a second, round by round.
 
     jobs: each returns how many units (steps, bytes, ...) it did. clock: thread CPU time unless another is given.
     setup: called before each round, outside the clock. warmup: an uncounted first round.
