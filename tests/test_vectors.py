@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,24 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kairos_gym
 from kairos_gym.data.collect import collect
 from kairos_gym.data.collect_config import CollectConfig
 from kairos_gym.learning.train import train
 from kairos_gym.learning.train_config import TrainConfig
 from world_model.contract import Spec
+from world_model.model.config import WorldModelConfig
 from world_model.model.world_model import WorldModel
-from world_model.spaces import ActionCheck, alike, chunked, flat_box, flatten, unflatten
+from world_model.spaces import (
+    ActionCheck,
+    alike,
+    chunked,
+    flat_box,
+    flatten,
+    space_from_json,
+    space_to_json,
+    unflatten,
+)
 
 BOX = spaces.Box(np.array([[-1, 0], [2, -5]], np.float32), np.array([[1, 3], [4, np.inf]], np.float32))
 SPACES: dict[str, spaces.Space] = {
@@ -58,6 +71,46 @@ def test_back_and_forth(name: str, seed: int, batch: int) -> None:
     assert same(unflatten(space, flat), stack(samples))
     assert same(unflatten(space, torch.from_numpy(flat)), stack(samples))
     assert same(unflatten(space, flat[None]), stack([stack(samples)]))
+
+
+def in_order(*names: str) -> spaces.Dict:
+    """Three parts that differ in size, listed in the order given; from a dict Gymnasium would sort them."""
+    sizes = {"pos": 1, "goal": 2, "angle": 3}
+    return spaces.Dict([(name, spaces.Box(0.0, 9.0, (sizes[name],), np.float64)) for name in names])
+
+
+ORDERS = list(permutations(("pos", "goal", "angle")))
+
+
+@pytest.mark.parametrize("names", ORDERS)
+def test_the_order_of_a_dict_changes_nothing(names: tuple[str, ...]) -> None:
+    values = {"pos": np.array([1.0]), "goal": np.array([2.0, 3.0]), "angle": np.array([4.0, 5.0, 6.0])}
+    space, other = in_order(*names), in_order(*ORDERS[0])
+    flat = flatten(space, values)
+    np.testing.assert_array_equal(flat, flatten(other, values))
+    assert same(unflatten(space, flat), values) and list(unflatten(space, flat)) == list(names)
+    assert alike(space, other) and flat_box(space) == flat_box(other)
+    again = space_from_json(json.loads(json.dumps(space_to_json(space))))
+    assert isinstance(again, spaces.Dict) and list(again) == list(names) and again == space
+
+
+def test_a_saved_model_of_a_dict_sees_the_same(tmp_path: Path) -> None:
+    """The fault: saving sorted the parts, so a loaded model took the angle for the position."""
+    obs, action = in_order("pos", "goal", "angle"), spaces.Box(-1.0, 1.0, (1,), np.float32)
+    spec = Spec(obs, action, 2, 0.1)
+    torch.manual_seed(0)
+    model = (
+        WorldModel(WorldModelConfig(obs_dim=6, action_dim=1, pattern="SG", chunk=2), spec).eval().requires_grad_(False)
+    )
+    model.save_pretrained(tmp_path)
+    start = {"pos": np.array([1.0]), "goal": np.array([2.0, 3.0]), "angle": np.array([4.0, 5.0, 6.0])}
+    seen = []
+    for world in (model, WorldModel.from_pretrained(tmp_path)):
+        env = kairos_gym.DreamEnv(world)
+        first, _ = env.reset(seed=0, options={"observation": start})
+        assert same(first, start) and [*first] == ["pos", "goal", "angle"]
+        seen.append(env.step(np.zeros(1, np.float32))[0])
+    assert same(*seen)
 
 
 @pytest.mark.parametrize(

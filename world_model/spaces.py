@@ -9,8 +9,19 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 
+def parts_by_name(space: spaces.Dict) -> list[tuple[str, spaces.Space]]:
+    """The parts of a Dict in the order in which a vector holds them.
+
+    By name, since two spaces with the same parts may list them in another order: Gymnasium sorts what it is given as a
+    dict, and keeps the order of what it is given as a list.
+    """
+    return sorted(space.items())
+
+
 def flat_box(space: spaces.Space) -> spaces.Box:
-    """``space`` as a Box [n]: a Box flattened, a Discrete one-hot, a Dict's parts concatenated in its order."""
+    """``space`` as a Box [n]: a Box flattened, a Discrete one-hot, a Dict's parts concatenated by name."""
+    if isinstance(space, spaces.Dict):
+        space = spaces.Dict([(name, flat_box(part)) for name, part in parts_by_name(space)])
     box = spaces.utils.flatten_space(space)
     assert isinstance(box, spaces.Box)
     return box
@@ -19,7 +30,7 @@ def flat_box(space: spaces.Space) -> spaces.Box:
 def alike(one: spaces.Space, other: spaces.Space) -> bool:
     """Whether two spaces have the same kinds of parts and the same shapes; their bounds may differ."""
     if isinstance(one, spaces.Dict) and isinstance(other, spaces.Dict):
-        return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+        return set(one) == set(other) and all(alike(part, other[name]) for name, part in one.items())
     if isinstance(one, spaces.Discrete) and isinstance(other, spaces.Discrete):
         return bool(one.n == other.n and one.start == other.start)
     return type(one) is type(other) and one.shape == other.shape
@@ -31,7 +42,7 @@ def flatten(space: spaces.Space, values: Any) -> NDArray[Any]:
     Raises ValueError for another shape, KeyError for a missing part of a Dict.
     """
     if isinstance(space, spaces.Dict):
-        return np.concatenate([flatten(part, values[key]) for key, part in space.items()], -1)
+        return np.concatenate([flatten(part, values[name]) for name, part in parts_by_name(space)], -1)
     array = np.asarray(values)
     if isinstance(space, spaces.Discrete):
         return (array[..., None] == np.arange(space.start, space.start + space.n)).astype(np.float32)
@@ -49,10 +60,10 @@ def unflatten(space: spaces.Space, flat: Any) -> Any:
     """
     if isinstance(space, spaces.Dict):
         parts, start = {}, 0
-        for key, part in space.items():
+        for name, part in parts_by_name(space):
             end = start + spaces.utils.flatdim(part)
-            parts[key], start = unflatten(part, flat[..., start:end]), end
-        return parts
+            parts[name], start = unflatten(part, flat[..., start:end]), end
+        return {name: parts[name] for name in space}
     if isinstance(space, spaces.Discrete):
         return flat.argmax(-1) + int(space.start)
     assert space.shape is not None
@@ -71,7 +82,7 @@ def chunked(space: spaces.Space, chunk: int) -> spaces.Space:
 def space_to_json(space: spaces.Space) -> dict[str, Any]:
     """A space with its exact bounds; an infinite one is None, since JSON has no infinity."""
     if isinstance(space, spaces.Dict):
-        return {"parts": {key: space_to_json(part) for key, part in space.items()}}
+        return {"parts": {name: space_to_json(part) for name, part in space.items()}}
     if isinstance(space, spaces.Discrete):
         return {"n": int(space.n), "start": int(space.start)}
     assert isinstance(space, spaces.Box)
@@ -82,7 +93,7 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
 def space_from_json(facts: dict[str, Any]) -> spaces.Space:
     """Inverse of ``space_to_json``."""
     if "parts" in facts:
-        return spaces.Dict({key: space_from_json(part) for key, part in facts["parts"].items()})
+        return spaces.Dict([(name, space_from_json(part)) for name, part in facts["parts"].items()])
     if "n" in facts:
         return spaces.Discrete(facts["n"], start=facts["start"])
     dtype, shape = np.dtype(facts["dtype"]).type, facts.get("shape", [len(facts["low"])])
