@@ -15,7 +15,7 @@ class LoopConfig:
     max_error: float | None = 0.2  # a dream ends where its error may be larger; None: where it is `horizon` steps long
     confidence: float = 0.9  # that it isn't, from 0.5 to 0.9
     horizon: int = 32  # the longest dream, in steps
-    penalty: float = 0.0  # what steps far from all real ones cost, in the reward's std; see ``world_model.dynamics.Pessimistic``
+    penalty: float = 0.0  # what steps far from all real ones cost, in the reward's std
     updates: int = 20  # of the policy for each real step, at most; as many as there are trusted steps, real and dreamed
     dreams: int = 64  # how many dreams go on side by side
     draft_steps: int = 3000  # updates of the world model's draft in each round
